@@ -1,0 +1,80 @@
+# make            the shim, the agent and the tool, in build/
+# make deps       Debian packages that building, the demo and the tests need (only what is missing; needs root or sudo)
+# make demo       a small LMDB database replicated, before your eyes
+# make check      every test that fits in a few minutes; sets up what it needs
+# make check-long | check-sanitize | bench
+# make install PREFIX=/usr/local DESTDIR=
+PREFIX ?= /usr/local
+BUILD ?= build
+CC ?= cc
+SANITIZE ?=
+V ?= 0
+Q := $(if $(filter 0,$(V)),@)
+say = $(if $(filter 0,$(V)),@printf '  %-5s %s\n' $(1) $(2))
+
+OPT ?= -O2 -g
+WARN := -Wall -Wextra -Wshadow -Wconversion -Werror
+FLAGS := -std=gnu17 -D_GNU_SOURCE -I. $(OPT) $(WARN) -pthread -MMD -MP -DMEMSYNC_PREFIX='"$(PREFIX)"'
+AGENT_FLAGS = $(FLAGS) $(SANITIZE) $(shell pkg-config --cflags libuv libxxhash)
+AGENT_LIBS = $(SANITIZE) $(shell pkg-config --libs libuv libxxhash) -pthread
+# The shim lives in other people's processes: no fortify (it would call what we wrap), nothing visible that is not meant to be.
+SHIM_FLAGS = $(FLAGS) -fPIC -fvisibility=hidden -U_FORTIFY_SOURCE -ftls-model=initial-exec -fno-stack-protector $(shell pkg-config --cflags libffi)
+SHIM_LIBS = $(shell pkg-config --libs libffi) -ldl -pthread
+
+WIRE := $(wildcard wire/*.c)
+SHIM := $(wildcard shim/*.c) wire/control.c wire/name.c
+AGENT := $(wildcard agent/base/*.c agent/track/*.c agent/sync/*.c agent/store/*.c agent/net/*.c) $(WIRE)
+CLI := $(wildcard agent/cli/*.c)
+UNIT := $(wildcard tests/unit/*.c)
+PROGRAMS := $(wildcard tests/programs/*.c tests/faults/*.c bench/*.c)
+
+shim_objects := $(SHIM:%.c=$(BUILD)/shim.o/%.o)
+agent_objects := $(AGENT:%.c=$(BUILD)/o/%.o)
+cli_objects := $(CLI:%.c=$(BUILD)/o/%.o)
+units := $(UNIT:tests/unit/%.c=$(BUILD)/tests/unit/%)
+programs := $(PROGRAMS:%.c=$(BUILD)/%)
+
+all: $(BUILD)/libmemsync_preload.so $(BUILD)/memsync-agent $(BUILD)/memsync
+
+$(BUILD)/libmemsync_preload.so: $(shim_objects) shim/exports.map
+	$(call say,LINK,$@)
+	$(Q)$(CC) -shared -Wl,--version-script=shim/exports.map -Wl,-z,now -Wl,-z,nodelete -o $@ $(shim_objects) $(SHIM_LIBS)
+
+$(BUILD)/memsync-agent: $(BUILD)/o/agent/main.o $(agent_objects)
+	$(call say,LINK,$@)
+	$(Q)$(CC) -o $@ $^ $(AGENT_LIBS)
+
+$(BUILD)/memsync: $(cli_objects) $(agent_objects)
+	$(call say,LINK,$@)
+	$(Q)$(CC) -o $@ $^ $(AGENT_LIBS)
+
+$(BUILD)/shim.o/%.o: %.c
+	$(call say,CC,$<)
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(SHIM_FLAGS) -c -o $@ $<
+
+$(BUILD)/o/%.o: %.c
+	$(call say,CC,$<)
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(AGENT_FLAGS) -c -o $@ $<
+
+$(BUILD)/tests/unit/%: $(BUILD)/o/tests/unit/%.o $(agent_objects) $(BUILD)/shim.o/shim/rules.o
+	$(call say,LINK,$@)
+	@mkdir -p $(@D)
+	$(Q)$(CC) -o $@ $^ $(AGENT_LIBS) -lcmocka
+
+# Programs under test are plain programs: they link nothing of ours.
+$(programs): $(BUILD)/%: %.c
+	$(call say,CC,$<)
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(FLAGS) -o $@ $< -pthread -ldl
+
+-include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
+
+tests: all $(units) $(programs)
+
+clean:
+	rm -rf $(BUILD)
+
+.PHONY: all tests clean
+.SECONDARY:

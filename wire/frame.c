@@ -1,0 +1,338 @@
+#include "wire/frame.h"
+
+#include <errno.h>
+#include <xxhash.h>
+
+#define MAGIC 0x4d53u
+
+static const int code_errno[FRAME_E_CODES] = {
+    [FRAME_E_PROTOCOL] = -EPROTO, [FRAME_E_VERSION] = -EPROTONOSUPPORT, [FRAME_E_NOSPACE] = -ENOSPC,
+    [FRAME_E_IO] = -EIO,          [FRAME_E_FENCED] = -ESTALE,           [FRAME_E_LINEAGE] = -EEXIST,
+    [FRAME_E_NAME] = -EINVAL,     [FRAME_E_NOT_FOUND] = -ENOENT,        [FRAME_E_LIMIT] = -ENOBUFS,
+};
+
+int frame_code_errno(uint16_t code)
+{
+    return code && code < FRAME_E_CODES ? code_errno[code] : -EPROTO;
+}
+
+uint16_t frame_code_from(int err)
+{
+    if (err == -EDQUOT)
+        return FRAME_E_NOSPACE;
+    for (uint16_t c = 1; c < FRAME_E_CODES; c++)
+        if (code_errno[c] == err)
+            return c;
+    return FRAME_E_IO;
+}
+
+uint64_t frame_payload_hash(const void *payload, size_t len)
+{
+    return XXH3_64bits(payload, len);
+}
+
+void frame_header_put(uint8_t *to, uint8_t type, uint32_t stream, uint32_t len, uint64_t hash)
+{
+    put_u16(to, MAGIC);
+    to[2] = type;
+    to[3] = 0;
+    put_u32(to + 4, len);
+    put_u32(to + 8, stream);
+    put_u32(to + 12, 0);
+    put_u64(to + 16, XXH3_64bits_withSeed(to, 16, hash));
+}
+
+int64_t frame_step(const uint8_t *at, size_t have, struct frame_header *h)
+{
+    if (have < FRAME_HEADER)
+        return 0;
+    *h = (struct frame_header){.type = at[2], .len = get_u32(at + 4), .stream = get_u32(at + 8), .checksum = get_u64(at + 16)};
+    if (get_u16(at) != MAGIC || !h->type || h->type >= FRAME_TYPES || at[3] || h->len > FRAME_PAYLOAD_MAX || get_u32(at + 12))
+        return -EPROTO;
+    if (have - FRAME_HEADER < h->len)
+        return 0;
+    if (XXH3_64bits_withSeed(at, 16, frame_payload_hash(at + FRAME_HEADER, h->len)) != h->checksum)
+        return -EBADMSG;
+    return FRAME_HEADER + (int64_t)h->len;
+}
+
+static size_t put_end(const struct wr *w)
+{
+    return w->bad ? 0 : wr_len(w);
+}
+
+static int get_end(const struct rd *r)
+{
+    return r->bad || rd_left(r) ? -EPROTO : 0;
+}
+
+size_t frame_hello_put(void *to, size_t cap, const struct frame_hello *h)
+{
+    struct wr w = wr_over(to, cap);
+    wr_u16(&w, h->version);
+    wr_copy(&w, h->identity.b, 16);
+    wr_str(&w, h->host);
+    return put_end(&w);
+}
+
+/* Later versions may say more after the host: what is beyond is passed over, so that both can tell the other which version they speak. */
+int frame_hello_get(const void *p, size_t len, struct frame_hello *h)
+{
+    struct rd r = rd_over(p, len);
+    h->version = rd_u16(&r);
+    rd_copy(&r, h->identity.b, 16);
+    rd_str(&r, h->host, sizeof h->host);
+    return r.bad ? -EPROTO : 0;
+}
+
+size_t frame_attach_put(void *to, size_t cap, const struct frame_attach *a)
+{
+    struct wr w = wr_over(to, cap);
+    wr_u32(&w, a->handle);
+    wr_u8(&w, a->write);
+    wr_str(&w, a->name);
+    return put_end(&w);
+}
+
+int frame_attach_get(const void *p, size_t len, struct frame_attach *a)
+{
+    struct rd r = rd_over(p, len);
+    a->handle = rd_u32(&r);
+    a->write = rd_u8(&r);
+    rd_str(&r, a->name, sizeof a->name);
+    return a->write > 1 ? -EPROTO : get_end(&r);
+}
+
+static void source_put(struct wr *w, const struct source *s)
+{
+    wr_u64(w, s->ino);
+    wr_u64(w, s->btime);
+}
+
+static struct source source_get(struct rd *r)
+{
+    struct source s;
+    s.ino = rd_u64(r);
+    s.btime = rd_u64(r);
+    return s;
+}
+
+size_t frame_attached_put(void *to, size_t cap, const struct frame_attached *a)
+{
+    struct wr w = wr_over(to, cap);
+    wr_u32(&w, a->handle);
+    wr_u8(&w, a->status);
+    wr_copy(&w, a->lineage.b, 16);
+    wr_u64(&w, a->epoch);
+    wr_u64(&w, a->size);
+    wr_u64(&w, a->fence);
+    wr_copy(&w, a->writer.b, 16);
+    source_put(&w, &a->source);
+    wr_str(&w, a->holder);
+    return put_end(&w);
+}
+
+int frame_attached_get(const void *p, size_t len, struct frame_attached *a)
+{
+    struct rd r = rd_over(p, len);
+    a->handle = rd_u32(&r);
+    a->status = rd_u8(&r);
+    rd_copy(&r, a->lineage.b, 16);
+    a->epoch = rd_u64(&r);
+    a->size = rd_u64(&r);
+    a->fence = rd_u64(&r);
+    rd_copy(&r, a->writer.b, 16);
+    a->source = source_get(&r);
+    rd_str(&r, a->holder, sizeof a->holder);
+    return a->status > FRAME_ATTACH_BAD ? -EPROTO : get_end(&r);
+}
+
+size_t frame_op_put(void *to, size_t cap, const struct frame_op *o)
+{
+    struct wr w = wr_over(to, cap);
+    wr_u8(&w, o->kind);
+    wr_u32(&w, o->handle);
+    wr_u32(&w, o->to);
+    wr_copy(&w, o->lineage.b, 16);
+    source_put(&w, &o->source);
+    return put_end(&w);
+}
+
+int frame_op_get(const void *p, size_t len, struct frame_op *o)
+{
+    struct rd r = rd_over(p, len);
+    o->kind = rd_u8(&r);
+    o->handle = rd_u32(&r);
+    o->to = rd_u32(&r);
+    rd_copy(&r, o->lineage.b, 16);
+    o->source = source_get(&r);
+    if (o->kind < FRAME_OP_CREATE || o->kind > FRAME_OP_UNLINK || (o->kind == FRAME_OP_CREATE && id_none(&o->lineage)))
+        return -EPROTO;
+    return get_end(&r);
+}
+
+size_t frame_region_put(void *to, size_t cap, const struct frame_region *g)
+{
+    struct wr w = wr_over(to, cap);
+    wr_u32(&w, g->handle);
+    wr_u64(&w, g->epoch);
+    wr_u64(&w, g->fence);
+    wr_u64(&w, g->min_size);
+    wr_u64(&w, g->size);
+    return put_end(&w);
+}
+
+int frame_region_get(const void *p, size_t len, struct frame_region *g)
+{
+    struct rd r = rd_over(p, len);
+    g->handle = rd_u32(&r);
+    g->epoch = rd_u64(&r);
+    g->fence = rd_u64(&r);
+    g->min_size = rd_u64(&r);
+    g->size = rd_u64(&r);
+    return g->size > INT64_MAX || !g->epoch ? -EPROTO : get_end(&r);
+}
+
+int frame_pages_get(const void *p, size_t len, struct frame_pages *pages)
+{
+    struct rd r = rd_over(p, len);
+    pages->handle = rd_u32(&r);
+    pages->count = rd_u32(&r);
+    if (!pages->count || pages->count > FRAME_PAGES_ENTRIES)
+        return -EPROTO;
+    const uint8_t *table = rd_take(&r, (size_t)pages->count * FRAME_PAGES_ENTRY);
+    if (!table)
+        return -EPROTO;
+    pages->entries = rd_over(table, (size_t)pages->count * FRAME_PAGES_ENTRY);
+    pages->data = r;
+    struct frame_pages all = *pages;
+    struct frame_extent e;
+    for (uint32_t i = 0; i < pages->count; i++)
+        if (!frame_pages_next(&all, &e))
+            return -EPROTO;
+    return rd_left(&all.data) || (size_t)(r.end - r.at) > FRAME_DATA_MAX ? -EPROTO : 0;
+}
+
+bool frame_pages_next(struct frame_pages *pages, struct frame_extent *e)
+{
+    if (!rd_left(&pages->entries))
+        return false;
+    e->offset = rd_u64(&pages->entries);
+    e->len = rd_u32(&pages->entries);
+    e->kind = rd_u32(&pages->entries);
+    if (!e->len || e->kind > FRAME_PAGES_ZEROS || e->offset > (uint64_t)INT64_MAX - e->len)
+        return false;
+    e->data = e->kind == FRAME_PAGES_DATA ? rd_take(&pages->data, e->len) : NULL;
+    return e->kind == FRAME_PAGES_ZEROS || e->data;
+}
+
+size_t frame_pages_put(void *to, size_t cap, uint32_t handle, const struct frame_extent *e, uint32_t count)
+{
+    struct wr w = wr_over(to, cap);
+    wr_u32(&w, handle);
+    wr_u32(&w, count);
+    for (uint32_t i = 0; i < count; i++) {
+        wr_u64(&w, e[i].offset);
+        wr_u32(&w, e[i].len);
+        wr_u32(&w, e[i].kind);
+    }
+    return put_end(&w);
+}
+
+size_t frame_failed_put(void *to, size_t cap, const struct frame_failed *f)
+{
+    struct wr w = wr_over(to, cap);
+    wr_u64(&w, f->seq);
+    wr_u16(&w, f->code);
+    wr_str(&w, f->text);
+    return put_end(&w);
+}
+
+int frame_failed_get(const void *p, size_t len, struct frame_failed *f)
+{
+    struct rd r = rd_over(p, len);
+    f->seq = rd_u64(&r);
+    f->code = rd_u16(&r);
+    rd_str(&r, f->text, sizeof f->text);
+    return get_end(&r);
+}
+
+static void entry_put(struct wr *w, const struct frame_entry *e)
+{
+    wr_copy(w, e->lineage.b, 16);
+    wr_copy(w, e->writer.b, 16);
+    wr_u64(w, e->epoch);
+    wr_u64(w, e->size);
+    wr_u64(w, (uint64_t)e->committed_at);
+    wr_u8(w, e->leased);
+    wr_str(w, e->name);
+    wr_str(w, e->holder);
+}
+
+static void entry_get(struct rd *r, struct frame_entry *e)
+{
+    rd_copy(r, e->lineage.b, 16);
+    rd_copy(r, e->writer.b, 16);
+    e->epoch = rd_u64(r);
+    e->size = rd_u64(r);
+    e->committed_at = (int64_t)rd_u64(r);
+    e->leased = rd_u8(r);
+    rd_str(r, e->name, sizeof e->name);
+    rd_str(r, e->holder, sizeof e->holder);
+}
+
+size_t frame_entry_put(void *to, size_t cap, uint32_t request, const struct frame_entry *e)
+{
+    struct wr w = wr_over(to, cap);
+    wr_u32(&w, request);
+    entry_put(&w, e);
+    return put_end(&w);
+}
+
+int frame_entry_get(const void *p, size_t len, uint32_t *request, struct frame_entry *e)
+{
+    struct rd r = rd_over(p, len);
+    *request = rd_u32(&r);
+    entry_get(&r, e);
+    return get_end(&r);
+}
+
+size_t frame_pinned_put(void *to, size_t cap, uint32_t request, uint32_t pin, const struct frame_entry *e)
+{
+    struct wr w = wr_over(to, cap);
+    wr_u32(&w, request);
+    wr_u32(&w, pin);
+    entry_put(&w, e);
+    return put_end(&w);
+}
+
+int frame_pinned_get(const void *p, size_t len, uint32_t *request, uint32_t *pin, struct frame_entry *e)
+{
+    struct rd r = rd_over(p, len);
+    *request = rd_u32(&r);
+    *pin = rd_u32(&r);
+    entry_get(&r, e);
+    return get_end(&r);
+}
+
+size_t frame_hash_put(void *to, size_t cap, const struct frame_hash *h)
+{
+    struct wr w = wr_over(to, cap);
+    wr_u32(&w, h->request);
+    wr_u32(&w, h->pin);
+    wr_u64(&w, h->first);
+    wr_u32(&w, h->count);
+    return put_end(&w);
+}
+
+int frame_hash_get(const void *p, size_t len, struct frame_hash *h)
+{
+    struct rd r = rd_over(p, len);
+    h->request = rd_u32(&r);
+    h->pin = rd_u32(&r);
+    h->first = rd_u64(&r);
+    h->count = rd_u32(&r);
+    if (!h->count || h->count > FRAME_HASHES_MAX || h->first > (uint64_t)INT64_MAX / FRAME_PAGE)
+        return -EPROTO;
+    return get_end(&r);
+}

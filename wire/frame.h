@@ -1,0 +1,221 @@
+/* The protocol between agents: frames over one ordered byte stream. This header is the specification's normative half; frame.md tells the story.
+ *
+ * A frame is a 24-byte header and a payload of at most FRAME_PAYLOAD_MAX bytes, all integers big-endian:
+ *
+ *     0   u16  magic 0x4d53 ("MS")
+ *     2   u8   type (enum frame_type)
+ *     3   u8   zero
+ *     4   u32  payload length
+ *     8   u32  stream
+ *     12  u32  zero
+ *     16  u64  checksum: XXH3-64 of bytes 0..15, seeded with the XXH3-64 of the payload
+ *
+ * Both sides send HELLO first, on stream 0. A wrong magic, checksum, length or order ends the connection: after such a fault nothing that follows can
+ * be trusted. What a peer asks for and may not have is answered by FAILED or ERROR, and the connection lives.
+ *
+ * The client (a writer's agent, or the command-line tool) numbers streams from 1 and opens one by using it. Stream 0 carries HELLO, ERROR, PING,
+ * PONG, WINDOW and CLOSE, and is not limited. On any other stream each side may have FRAME_WINDOW payload bytes outstanding; WINDOW gives more.
+ *
+ * Handles: the client gives a u32 to a region name by ATTACH; it is good on all streams of that connection. */
+#ifndef WIRE_FRAME_H
+#define WIRE_FRAME_H
+
+#include "agent/base/id.h"
+#include "wire/bytes.h"
+#include "wire/name.h"
+
+#define FRAME_HEADER 24u
+#define FRAME_PAYLOAD_MAX 65536u
+#define FRAME_DATA_MAX 61440u /* page bytes in one PAGES or DATA: 15 pages, so that tables fit beside them */
+#define FRAME_WINDOW (4u << 20)
+#define FRAME_VERSION 1u
+#define FRAME_TEXT_MAX 512u
+
+enum frame_type {
+    FRAME_HELLO = 1,
+    FRAME_ERROR,    /* the connection ends; struct frame_failed, seq 0 */
+    FRAME_PING,     /* u64 token */
+    FRAME_PONG,     /* the same token */
+    FRAME_WINDOW_MORE, /* u32 stream, u32 bytes */
+    FRAME_CLOSE,    /* u32 stream: its sender uses it no more; an epoch open on it is dropped */
+
+    FRAME_ATTACH,   /* struct frame_attach */
+    FRAME_ATTACHED, /* struct frame_attached */
+    FRAME_DETACH,   /* u32 handle: gives up the lease, when one is held */
+
+    FRAME_BEGIN,    /* u64 seq: an epoch opens on this stream; one at a time */
+    FRAME_OP,       /* struct frame_op */
+    FRAME_REGION,   /* struct frame_region */
+    FRAME_PAGES,    /* struct frame_pages */
+    FRAME_END,      /* u64 seq, u64 count of frames between BEGIN and END: commit */
+    FRAME_ABORT,    /* u64 seq: forget the open epoch */
+    FRAME_RECEIVED, /* u64 seq: all of it is in the server's memory */
+    FRAME_DURABLE,  /* u64 seq: committed, on disk (in memory for a mem: store) */
+    FRAME_FAILED,   /* struct frame_failed: epoch seq, or request, was refused */
+
+    FRAME_LIST,     /* u32 request */
+    FRAME_ENTRY,    /* u32 request, struct frame_entry */
+    FRAME_LIST_END, /* u32 request */
+    FRAME_PIN,      /* u32 request, str name: keep its last committed epoch readable */
+    FRAME_PINNED,   /* u32 request, u32 pin, struct frame_entry */
+    FRAME_READ,     /* u32 request, u32 pin, u64 offset, u32 length <= FRAME_DATA_MAX */
+    FRAME_DATA,     /* u32 request, u8 kind (0 data, 1 zeros), u32 length, data unless zeros */
+    FRAME_HASH,     /* struct frame_hash */
+    FRAME_HASHES,   /* u32 request, u32 count, count * 16 bytes: XXH3-128 (canonical) of each page, short last page as it is */
+    FRAME_UNPIN,    /* u32 pin */
+    FRAME_REMOVE,   /* u32 request, str name, u8 force (take it although somebody holds its lease) */
+    FRAME_OK,       /* u32 request */
+    FRAME_TYPES
+};
+
+#define FRAME_PAGE 4096u /* unit of hashes */
+#define FRAME_HASHES_MAX 4000u
+
+/* Error codes of the wire; never the host's errno. */
+enum frame_code {
+    FRAME_E_PROTOCOL = 1, /* malformed or out of order */
+    FRAME_E_VERSION,
+    FRAME_E_NOSPACE, /* the store's disk is full */
+    FRAME_E_IO,
+    FRAME_E_FENCED, /* another writer holds, or has since held, the lease */
+    FRAME_E_LINEAGE, /* the region's lineage or epoch is not the one the frame continues */
+    FRAME_E_NAME, /* a bad name, or a clash such as `a` and `a/b` */
+    FRAME_E_NOT_FOUND,
+    FRAME_E_LIMIT,
+    FRAME_E_CODES
+};
+
+int frame_code_errno(uint16_t code); /* negative errno for a wire code; -EPROTO for one unknown */
+uint16_t frame_code_from(int err);   /* wire code for a negative errno */
+
+struct frame_header {
+    uint8_t type;
+    uint32_t len, stream;
+    uint64_t checksum;
+};
+
+uint64_t frame_payload_hash(const void *payload, size_t len);
+/* Writes FRAME_HEADER bytes. `hash` is frame_payload_hash of the payload. */
+void frame_header_put(uint8_t *to, uint8_t type, uint32_t stream, uint32_t len, uint64_t hash);
+/* The step: looks at the first `have` bytes of a stream. Returns the whole frame's size once all of it is there, its payload being at
+ * at + FRAME_HEADER, checked; 0 when more bytes are needed; -EPROTO on a wrong magic, type, length or reserved byte, -EBADMSG on a wrong checksum.
+ * With FRAME_HEADER bytes there, h is filled whether or not the rest is (so that a reader can size its buffer). */
+int64_t frame_step(const uint8_t *at, size_t have, struct frame_header *h);
+
+/* Every *_put returns the payload's length, or 0 when it does not fit cap; every *_get returns 0 or -EPROTO. Payload buffers need cap <= FRAME_PAYLOAD_MAX. */
+
+struct frame_hello {
+    uint16_t version;
+    struct id identity;
+    char host[256]; /* for people: who holds a lease */
+};
+size_t frame_hello_put(void *to, size_t cap, const struct frame_hello *h);
+int frame_hello_get(const void *p, size_t len, struct frame_hello *h);
+
+struct frame_attach {
+    uint32_t handle;
+    uint8_t write; /* take the writer's lease on the name */
+    char name[NAME_CAP];
+};
+size_t frame_attach_put(void *to, size_t cap, const struct frame_attach *a);
+int frame_attach_get(const void *p, size_t len, struct frame_attach *a);
+
+enum frame_attach_status {
+    FRAME_ATTACH_NONE,   /* no such region; the lease on its name is given, when asked for */
+    FRAME_ATTACH_EXISTS, /* there it is; likewise */
+    FRAME_ATTACH_HELD,   /* another writer holds the lease: nothing was attached; holder says who */
+    FRAME_ATTACH_BAD     /* the name is refused; holder says why */
+};
+
+struct frame_attached {
+    uint32_t handle;
+    uint8_t status;
+    struct id lineage;    /* of the region there, and below */
+    uint64_t epoch, size;
+    uint64_t fence;       /* number of the lease given; every epoch carries it */
+    struct id writer;     /* who wrote the last epoch */
+    struct source source; /* and from which file */
+    char holder[256];
+};
+size_t frame_attached_put(void *to, size_t cap, const struct frame_attached *a);
+int frame_attached_get(const void *p, size_t len, struct frame_attached *a);
+
+enum frame_op_kind {
+    FRAME_OP_CREATE = 1, /* a region of this lineage comes to be under the handle's name; whatever lineage has that name is removed */
+    FRAME_OP_RENAME,     /* the handle's region takes the name of handle `to`; whatever lineage has that name is removed; the handle goes on naming
+                            its region, and `to` names nothing until CREATE */
+    FRAME_OP_UNLINK      /* the handle's region is removed; the handle names nothing until CREATE */
+};
+
+struct frame_op {
+    uint8_t kind;
+    uint32_t handle, to;
+    struct id lineage;    /* CREATE */
+    struct source source; /* CREATE */
+};
+size_t frame_op_put(void *to, size_t cap, const struct frame_op *o);
+int frame_op_get(const void *p, size_t len, struct frame_op *o);
+
+/* A region's part in the epoch: sent once for each region touched, after the OPs and before its PAGES. The region is first cut to min_size (UINT64_MAX:
+ * it never shrank), then made `size` long, then given its pages. `epoch` is the region's next number; a CREATEd one starts at 1. */
+struct frame_region {
+    uint32_t handle;
+    uint64_t epoch, fence, min_size, size;
+};
+size_t frame_region_put(void *to, size_t cap, const struct frame_region *r);
+int frame_region_get(const void *p, size_t len, struct frame_region *r);
+
+/* PAGES: u32 handle, u32 count, count entries of {u64 offset, u32 length, u32 kind}, then the bytes of the data entries one after the other. Any offset
+ * and length within the region's size; data bytes at most FRAME_DATA_MAX; a zeros entry may be of any length. */
+enum frame_pages_kind { FRAME_PAGES_DATA, FRAME_PAGES_ZEROS };
+#define FRAME_PAGES_HEAD 8u
+#define FRAME_PAGES_ENTRY 16u
+#define FRAME_PAGES_ENTRIES 128u /* at most, in one frame */
+
+struct frame_extent {
+    uint64_t offset;
+    uint32_t len, kind;
+    const uint8_t *data; /* NULL for zeros */
+};
+
+struct frame_pages {
+    uint32_t handle, count;
+    struct rd entries, data;
+};
+/* Checks the whole payload, entries and sums, once. Then frame_pages_next yields count extents, whose data point into the payload. */
+int frame_pages_get(const void *p, size_t len, struct frame_pages *pages);
+bool frame_pages_next(struct frame_pages *pages, struct frame_extent *e);
+/* Writes head and table for `count` extents (data fields unused) and returns the bytes written: the caller appends the data itself. */
+size_t frame_pages_put(void *to, size_t cap, uint32_t handle, const struct frame_extent *e, uint32_t count);
+
+struct frame_failed {
+    uint64_t seq; /* the epoch's, or the request's number */
+    uint16_t code;
+    char text[FRAME_TEXT_MAX];
+};
+size_t frame_failed_put(void *to, size_t cap, const struct frame_failed *f);
+int frame_failed_get(const void *p, size_t len, struct frame_failed *f);
+
+struct frame_entry {
+    struct id lineage, writer;
+    uint64_t epoch, size;
+    int64_t committed_at; /* seconds since 1970-01-01 UTC */
+    uint8_t leased;
+    char name[NAME_CAP], holder[256];
+};
+size_t frame_entry_put(void *to, size_t cap, uint32_t request, const struct frame_entry *e);
+int frame_entry_get(const void *p, size_t len, uint32_t *request, struct frame_entry *e);
+/* PINNED is an entry with the pin's number before it. */
+size_t frame_pinned_put(void *to, size_t cap, uint32_t request, uint32_t pin, const struct frame_entry *e);
+int frame_pinned_get(const void *p, size_t len, uint32_t *request, uint32_t *pin, struct frame_entry *e);
+
+/* Asks for the hashes of pages first .. first + count of a pinned region; count <= FRAME_HASHES_MAX. */
+struct frame_hash {
+    uint32_t request, pin;
+    uint64_t first;
+    uint32_t count;
+};
+size_t frame_hash_put(void *to, size_t cap, const struct frame_hash *h);
+int frame_hash_get(const void *p, size_t len, struct frame_hash *h);
+
+#endif

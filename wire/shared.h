@@ -1,0 +1,75 @@
+/* Memory that a program's shim and its local agent share. Host byte order: it never leaves the machine. Two kinds, each a memfd made by the shim and handed
+ * over the control socket:
+ *
+ * - struct shared, one a process: where its threads wait for the agent's answers, without a lock and without reading the socket.
+ * - struct marks, one for each file the process writes by calls: which pages, how small it was cut. Made at the first such call.
+ *
+ * Marks and captures. A writing call marks its pages before the raw call and again after it, then leaves `calls`. The agent takes marks by exchanging
+ * words with 0, summary first, and reads the file after. So a mark taken while the call copies comes back when it ends; and a process killed in between is
+ * seen by its `calls` not being 0, whereupon the agent hashes what it had open. */
+#ifndef WIRE_SHARED_H
+#define WIRE_SHARED_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define SHARED_VERSION 1u
+#define SHARED_SLOTS 256u
+
+/* A slot: the shim takes a free one (FREE -> WAITING by compare and exchange), sends a request that names it, waits on `state` as a futex. The agent stores
+ * `result`, then DONE, then wakes. The shim reads the result and stores FREE. */
+enum shared_slot_state { SHARED_FREE, SHARED_WAITING, SHARED_DONE };
+
+struct shared_slot {
+    uint32_t state;
+    int32_t result; /* 0 or a negative errno */
+};
+
+struct shared {
+    uint32_t version;
+    uint32_t notices;  /* NOTICE messages the agent has sent over the socket: when it moved, there is one to read and print */
+    uint32_t calls;    /* writing calls under way (between begin and end marks), over all threads */
+    uint32_t unused;
+    struct shared_slot slots[SHARED_SLOTS];
+};
+
+#define MARKS_PAGE 4096u
+#define MARKS_WORDS 262144u /* of 64 pages each: 64 GiB of file; beyond, `beyond` is set */
+#define MARKS_SUMMARY (MARKS_WORDS / 64u)
+
+struct marks {
+    uint64_t min_size; /* lowest size by truncation since taken; UINT64_MAX when it never shrank */
+    uint32_t beyond;   /* something past the bitmap was written */
+    uint32_t all;      /* anything may have been (content moved: collapse, insert) */
+    uint64_t summary[MARKS_SUMMARY]; /* bit i: word i of pages may have bits */
+    uint64_t pages[MARKS_WORDS];
+};
+
+static inline void marks_min_size(struct marks *m, uint64_t size)
+{
+    uint64_t old = __atomic_load_n(&m->min_size, __ATOMIC_RELAXED);
+    while (size < old && !__atomic_compare_exchange_n(&m->min_size, &old, size, 0, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+        ;
+}
+
+/* Pages of [offset, offset + len) are dirty. Async-signal-safe, any thread. */
+static inline void marks_add(struct marks *m, uint64_t offset, uint64_t len)
+{
+    if (!len)
+        return;
+    uint64_t last = offset + len - 1 < offset ? UINT64_MAX : offset + len - 1;
+    uint64_t from = offset / MARKS_PAGE, to = last / MARKS_PAGE;
+    if (to >= (uint64_t)MARKS_WORDS * 64) {
+        __atomic_store_n(&m->beyond, 1u, __ATOMIC_SEQ_CST);
+        to = (uint64_t)MARKS_WORDS * 64 - 1;
+    }
+    for (uint64_t p = from; p <= to;) {
+        uint64_t word = p / 64, lo = p % 64, hi = to / 64 == word ? to % 64 : 63;
+        uint64_t bits = (~0ULL >> (63 - hi)) & (~0ULL << lo);
+        __atomic_fetch_or(&m->pages[word], bits, __ATOMIC_SEQ_CST);
+        __atomic_fetch_or(&m->summary[word / 64], 1ULL << (word % 64), __ATOMIC_SEQ_CST);
+        p = (word + 1) * 64;
+    }
+}
+
+#endif
