@@ -48,6 +48,7 @@ void conn_credit(struct conn *c, uint32_t stream, uint32_t bytes);
 void conn_forget(struct conn *c, uint32_t stream); /* sends CLOSE, drops the queue */
 /* Sends what is queued for at most a second when `flush`, then closes. With text: an ERROR frame of that code goes first. */
 void conn_close(struct conn *c, bool flush, uint16_t code, const char *text);
+void conn_set_silence(struct conn *c, unsigned ms); /* instead of CONN_SILENCE_MS; tests are in a hurry */
 const char *conn_peer(const struct conn *c); /* "host:port", "unix:..." for messages */
 uint64_t conn_bytes_out(const struct conn *c);
 uint64_t conn_bytes_in(const struct conn *c);
