@@ -1,4 +1,10 @@
-/* MEMSYNC_REGIONS and its relatives: which files are tracked, and how. Pure: no allocation, no system call; parsed once, matched on hooked paths. */
+/* MEMSYNC_REGIONS and its relatives: which files are tracked, and how. Pure: no allocation, no system call; parsed once, matched on hooked paths.
+ *
+ *     RULES = RULE { ";" RULE }     RULE = GLOB [ "=" MODE ] { "," KEY [ "=" VALUE ] }
+ *
+ * A glob is an absolute path, or begins with "**": "*" and "?" stay within a component, "**" crosses, and "**" between slashes also stands for no
+ * directory at all. "\\" takes the special meaning from what follows it, in the glob and, for ";" "," "=" and blanks at a rule's ends, everywhere. Blanks
+ * around a rule and empty rules are passed over. */
 #ifndef SHIM_RULES_H
 #define SHIM_RULES_H
 
@@ -17,6 +23,7 @@ struct rule {
     enum rule_mode mode;
     enum rule_strategy strategy;
     struct control_terms terms;
+    const char *not_built; /* what of this rule is understood and not built, e.g. "pull", "resident=", "strategy=fuse"; else NULL */
 };
 
 struct rules {
@@ -37,9 +44,11 @@ int rules_parse(struct rules *r, const char *text, const struct rules_defaults *
 /* The first rule that matches the absolute, resolved path; NULL for none. A matched file's "-wal" and "-journal" companions match by it; "*-shm", "*-lock" and
  * "lock.mdb" match only a rule whose glob is that path exactly, without wildcards. RULE_NONE rules are returned too. */
 const struct rule *rules_match(const struct rules *r, const char *path);
-/* Whether any path with this last component could match: the cheap test before a path is resolved. */
+/* Whether any path with this last component could match: the cheap test before a path is resolved. (Of the resolved path's last component: a symbolic
+ * link's own name says nothing.) */
 bool rules_may_match(const struct rules *r, const char *base);
-/* The region's name: template with %p (path without leading slash), %b (base name), %h (host name), %% expanded. 0, or -EINVAL with the reason in error. */
+/* The region's name: template with %p (path without leading slash), %b (base name), %h (host name), %% expanded; a companion's name is
+ * its file's with the suffix. 0, or -EINVAL with the reason in error. */
 int rules_name(const struct rule *rule, const char *path, const char *host, char name[NAME_CAP], char error[RULES_ERROR]);
 
 /* "10s", "250ms", "2m", "1h", a bare number (seconds), "off" and "forever" where allowed by the caller (returned as 0 and UINT64_MAX). -EINVAL else. */
