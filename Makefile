@@ -40,7 +40,7 @@ $(BUILD)/libmemsync_preload.so: $(shim_objects) shim/exports.map
 	$(call say,LINK,$@)
 	$(Q)$(CC) -shared -Wl,--version-script=shim/exports.map -Wl,-z,now -Wl,-z,nodelete -o $@ $(shim_objects) $(SHIM_LIBS)
 
-$(BUILD)/memsync-agent: $(BUILD)/o/agent/main.o $(agent_objects)
+$(BUILD)/memsync-agent: $(BUILD)/o/agent/main.o $(BUILD)/o/agent/options.o $(agent_objects)
 	$(call say,LINK,$@)
 	$(Q)$(CC) -o $@ $^ $(AGENT_LIBS)
 

@@ -43,7 +43,7 @@ struct conn *conn_take(uv_stream_t *stream, const struct frame_hello *self, cons
 /* Queues a frame: the payload's reference is taken over (NULL payload: none). Never fails visibly: on a closing connection the frame is dropped. */
 void conn_send(struct conn *c, uint32_t stream, uint8_t type, struct buf *payload);
 void conn_set_priority(struct conn *c, uint32_t stream, enum conn_priority p); /* default CONN_NORMAL; stream 0 is always urgent */
-size_t conn_queued(const struct conn *c, uint32_t stream);                     /* payload bytes not yet given to the kernel */
+size_t conn_queued(const struct conn *c, uint32_t stream);                     /* bytes not yet given to the kernel; stream 0: of all */
 void conn_credit(struct conn *c, uint32_t stream, uint32_t bytes);
 void conn_forget(struct conn *c, uint32_t stream); /* sends CLOSE, drops the queue */
 /* Sends what is queued for at most a second when `flush`, then closes. With text: an ERROR frame of that code goes first. */

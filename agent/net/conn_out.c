@@ -69,6 +69,7 @@ struct stream *conn_stream_new(struct conn *c, uint32_t id)
 static void stream_empty(struct conn *c, struct stream *s)
 {
     queue_free(&s->queue);
+    c->queued -= s->queued;
     s->queued = 0;
     s->high = false;
     conn_stream_ready(c, s);
@@ -114,6 +115,7 @@ static void stream_push(struct conn *c, struct stream *s, struct out *o)
 {
     TAILQ_INSERT_TAIL(&s->queue, o, link);
     s->queued += out_size(o);
+    c->queued += out_size(o);
     s->high = s->high || s->queued >= CONN_LOW;
     conn_stream_ready(c, s);
     conn_kick(c);
@@ -188,6 +190,8 @@ void conn_set_priority(struct conn *c, uint32_t stream, enum conn_priority p)
 
 size_t conn_queued(const struct conn *c, uint32_t stream)
 {
+    if (!stream)
+        return c->queued;
     const struct stream *s = conn_stream((struct conn *)c, stream);
     return s ? s->queued : 0;
 }
@@ -224,6 +228,7 @@ static struct out *next_out(struct conn *c)
     struct out *o = TAILQ_FIRST(&s->queue);
     TAILQ_REMOVE(&s->queue, o, link);
     s->queued -= out_size(o);
+    c->queued -= out_size(o);
     if (frame_windowed(o->type))
         s->send_window -= o->payload->len;
     if (s->ready) { /* to the end of the line */
@@ -252,6 +257,7 @@ static void put_back(struct conn *c, struct out *o)
         s->send_window += o->payload->len;
     TAILQ_INSERT_HEAD(&s->queue, o, link);
     s->queued += out_size(o);
+    c->queued += out_size(o);
     conn_stream_ready(c, s);
 }
 

@@ -79,6 +79,7 @@ struct conn {
     struct stream control;
     struct stream *buckets[CONN_BUCKETS];
     unsigned streams;
+    size_t queued; /* of all streams */
     struct stream_list ready[CONN_PRIORITIES];
     struct out *part; /* with the kernel, by uv_write */
     size_t part_at;

@@ -1,0 +1,133 @@
+/* What server.c (listeners, start and stop), session.c (one peer: handles, frames), session_epoch.c (its epochs) and
+ * session_read.c (its requests) share.
+ *
+ * Whatever the store will call back about (an epoch handed in, a request) is in a list of its session. When the session
+ * ends first, those left get session = NULL, and their callbacks only clean up. server_stop is done when no listener,
+ * no session and no request is left; epochs handed in may outlive the server, since they name nothing of it. */
+#ifndef NET_SERVER_PRIVATE_H
+#define NET_SERVER_PRIVATE_H
+
+#include "agent/net/conn.h"
+#include "agent/net/server.h"
+
+#include <sys/queue.h>
+
+#define SESSION_HANDLES 65536u
+#define SESSION_PINS 64u
+#define SESSION_REQUESTS 256u
+#define SESSION_PENDING 16384u
+#define SESSION_UNREAD (64u << 20)  /* bytes of answers a peer may leave unread */
+#define SESSION_EPOCH_NOTES 262144u /* OP and REGION frames in one epoch: they are not under the window */
+#define SESSION_BUCKETS 4096u
+
+struct handle {
+    TAILQ_ENTRY(handle) by_id, by_name;
+    uint32_t id;
+    bool write;
+    char *name;
+};
+TAILQ_HEAD(handle_list, handle);
+
+struct rename {
+    uint32_t handle, to;
+    char *old; /* the handle's name before; NULL: was not done */
+};
+
+/* Open: in session.open, until END or ABORT; failed: its txn is gone and what comes for it is dropped. Then pending,
+ * until the store says durable. */
+struct epoch {
+    TAILQ_ENTRY(epoch) link;
+    struct session *session;
+    uint32_t stream; /* 0: closed meanwhile, nobody to tell */
+    uint64_t seq, frames, notes;
+    struct store_txn *txn;
+    bool failed;
+    size_t owed; /* PAGES bytes not yet credited */
+    struct rename *renames;
+    size_t renames_n;
+};
+TAILQ_HEAD(epoch_list, epoch);
+
+struct pin {
+    uint32_t id;
+    struct store_pin *pin;
+    unsigned running;
+    bool doomed; /* given back by the peer: unpinned when nothing runs on it */
+};
+
+struct request {
+    TAILQ_ENTRY(request) link;
+    struct session *session;
+    struct server *server;
+    struct pin *pin;
+    uint32_t stream, number;
+};
+TAILQ_HEAD(request_list, request);
+
+struct session {
+    TAILQ_ENTRY(session) link;
+    struct server *server;
+    struct conn *conn;
+    bool open, leaving;
+    struct frame_hello peer;
+    struct handle_list *by_id, *by_name; /* SESSION_BUCKETS each */
+    unsigned handles;
+    struct epoch_list opened, pending;
+    unsigned pending_n;
+    struct request_list requests;
+    unsigned requests_n;
+    struct pin *pins[SESSION_PINS];
+    uint32_t last_pin;
+};
+TAILQ_HEAD(session_list, session);
+
+struct listener {
+    TAILQ_ENTRY(listener) link;
+    struct server *server;
+    union {
+        uv_handle_t any;
+        uv_stream_t stream;
+        uv_tcp_t tcp;
+        uv_pipe_t pipe;
+    } h;
+    char path[4096]; /* unix: unlinked at the end */
+};
+TAILQ_HEAD(listener_list, listener);
+
+struct server {
+    uv_loop_t *loop;
+    struct store *store;
+    struct frame_hello self;
+    struct listener_list listeners;
+    struct session_list sessions;
+    unsigned peers, work; /* sessions; requests under way in the store */
+    uv_timer_t timer;
+    bool stopping, ended;
+    void (*done)(void *arg);
+    void *arg;
+};
+
+/* server.c */
+void server_look(struct server *s); /* stopping: is that all? */
+
+/* session.c */
+int session_new(struct server *server, uv_stream_t *stream);
+void session_stop(struct session *s);
+void session_look(struct session *s); /* leaving: is all answered? */
+struct handle *session_handle(struct session *s, uint32_t id);
+bool session_handle_rename(struct session *s, struct handle *h, const char *name);
+void session_reply(struct session *s, uint32_t stream, uint8_t type, const void *payload, size_t len);
+void session_failed(struct session *s, uint32_t stream, uint64_t seq, uint16_t code, const char *text);
+void session_violated(struct session *s, const char *what); /* malformed or out of order: the connection ends */
+
+/* session_epoch.c */
+void epoch_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *payload);
+void epoch_drop_stream(struct session *s, uint32_t stream);
+void epoch_drop_opened(struct session *s);
+void epoch_orphan(struct session *s); /* the session ends */
+
+/* session_read.c */
+void request_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *payload);
+void request_orphan(struct session *s);
+
+#endif

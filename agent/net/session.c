@@ -1,0 +1,306 @@
+/* One peer of a server: greeting, handles, and which part of the session a frame is for.
+ *
+ * A session lives from server_take until its connection's `closed`. leaving: the server stops; open epochs are dropped,
+ * nothing new is taken, and when all that was handed in is answered, the connection is closed. */
+#include "agent/net/server_private.h"
+
+#include "agent/base/log.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <xxhash.h>
+
+void session_reply(struct session *s, uint32_t stream, uint8_t type, const void *payload, size_t len)
+{
+    struct buf *b = buf_new(len);
+    if (!b) {
+        session_violated(s, "no memory for an answer");
+        return;
+    }
+    if (len)
+        memcpy(b->data, payload, len);
+    b->len = (uint32_t)len;
+    conn_send(s->conn, stream, type, b);
+}
+
+void session_failed(struct session *s, uint32_t stream, uint64_t seq, uint16_t code, const char *text)
+{
+    struct frame_failed f = {.seq = seq, .code = code};
+    snprintf(f.text, sizeof f.text, "%s", text);
+    uint8_t payload[sizeof f + 16];
+    session_reply(s, stream, FRAME_FAILED, payload, frame_failed_put(payload, sizeof payload, &f));
+}
+
+void session_violated(struct session *s, const char *what)
+{
+    log_warn("%s (%s): %s; connection closed", conn_peer(s->conn), s->peer.host, what);
+    conn_close(s->conn, false, FRAME_E_PROTOCOL, what);
+}
+
+/* Handles */
+
+static struct handle_list *id_bucket(struct session *s, uint32_t id)
+{
+    return &s->by_id[id % SESSION_BUCKETS];
+}
+
+static struct handle_list *name_bucket(struct session *s, const char *name)
+{
+    return &s->by_name[XXH3_64bits(name, strlen(name)) % SESSION_BUCKETS];
+}
+
+struct handle *session_handle(struct session *s, uint32_t id)
+{
+    struct handle *h;
+    TAILQ_FOREACH(h, id_bucket(s, id), by_id)
+    if (h->id == id)
+        return h;
+    return NULL;
+}
+
+bool session_handle_rename(struct session *s, struct handle *h, const char *name)
+{
+    char *copy = strdup(name);
+    if (!copy)
+        return false;
+    TAILQ_REMOVE(name_bucket(s, h->name), h, by_name);
+    free(h->name);
+    h->name = copy;
+    TAILQ_INSERT_TAIL(name_bucket(s, h->name), h, by_name);
+    return true;
+}
+
+static void handle_free(struct session *s, struct handle *h)
+{
+    TAILQ_REMOVE(id_bucket(s, h->id), h, by_id);
+    TAILQ_REMOVE(name_bucket(s, h->name), h, by_name);
+    s->handles--;
+    free(h->name);
+    free(h);
+}
+
+/* NULL: too many, or no memory. A handle given anew stands for the new name. */
+static struct handle *handle_put(struct session *s, uint32_t id, const char *name, bool write)
+{
+    struct handle *h = session_handle(s, id);
+    if (h) {
+        h->write = write;
+        return session_handle_rename(s, h, name) ? h : NULL;
+    }
+    if (s->handles >= SESSION_HANDLES || !(h = calloc(1, sizeof *h)))
+        return NULL;
+    if (!(h->name = strdup(name))) {
+        free(h);
+        return NULL;
+    }
+    h->id = id;
+    h->write = write;
+    TAILQ_INSERT_TAIL(id_bucket(s, id), h, by_id);
+    TAILQ_INSERT_TAIL(name_bucket(s, name), h, by_name);
+    s->handles++;
+    return h;
+}
+
+/* Fills in what is there under the name; NONE, EXISTS, or BAD. */
+static void attach_look(struct session *s, const struct frame_attach *a, struct frame_attached *to)
+{
+    struct frame_entry e;
+    char error[STORE_ERROR] = "";
+    const char *fault = name_fault(a->name);
+    int rc = fault ? -EINVAL : store_lookup(s->server->store, a->name, &e, &to->source, error);
+    if (rc == -ENOENT) {
+        to->status = FRAME_ATTACH_NONE;
+    } else if (rc < 0) {
+        to->status = FRAME_ATTACH_BAD;
+        snprintf(to->holder, sizeof to->holder, "%.255s", fault ? fault : error[0] ? error : strerror(-rc));
+    } else {
+        to->status = FRAME_ATTACH_EXISTS;
+        to->lineage = e.lineage;
+        to->writer = e.writer;
+        to->epoch = e.epoch;
+        to->size = e.size;
+    }
+}
+
+static void attach_lease(struct session *s, const struct frame_attach *a, struct frame_attached *to)
+{
+    char holder[256] = "";
+    int rc = store_lease(s->server->store, a->name, &s->peer.identity, s->peer.host, &to->fence, holder);
+    if (!rc)
+        return;
+    to->status = rc == -EBUSY ? FRAME_ATTACH_HELD : FRAME_ATTACH_BAD;
+    if (rc == -EBUSY)
+        snprintf(to->holder, sizeof to->holder, "%s", holder);
+    else
+        snprintf(to->holder, sizeof to->holder, "the lease cannot be given: %s", strerror(-rc));
+}
+
+static void on_attach(struct session *s, uint32_t stream, const struct buf *p)
+{
+    struct frame_attach a;
+    if (frame_attach_get(p->data, p->len, &a) < 0) {
+        session_violated(s, "an ATTACH out of form");
+        return;
+    }
+    struct frame_attached to = {.handle = a.handle};
+    attach_look(s, &a, &to);
+    if (to.status != FRAME_ATTACH_BAD && a.write)
+        attach_lease(s, &a, &to);
+    if (to.status <= FRAME_ATTACH_EXISTS && !handle_put(s, a.handle, a.name, a.write)) {
+        to.status = FRAME_ATTACH_BAD;
+        snprintf(to.holder, sizeof to.holder, "too many regions on one connection");
+    }
+    uint8_t payload[sizeof to + 16];
+    session_reply(s, stream, FRAME_ATTACHED, payload, frame_attached_put(payload, sizeof payload, &to));
+}
+
+static void on_detach(struct session *s, const struct buf *p)
+{
+    if (p->len != 4) {
+        session_violated(s, "a DETACH out of form");
+        return;
+    }
+    struct handle *h = session_handle(s, get_u32(p->data)), *other;
+    if (!h)
+        return;
+    bool drop = h->write;
+    TAILQ_FOREACH(other, name_bucket(s, h->name), by_name)
+    if (other != h && other->write && !strcmp(other->name, h->name))
+        drop = false;
+    if (drop)
+        store_lease_drop(s->server->store, h->name, &s->peer.identity);
+    handle_free(s, h);
+}
+
+/* The connection's calls */
+
+static void on_open(void *owner, const struct frame_hello *peer)
+{
+    struct session *s = owner;
+    s->peer = *peer;
+    for (char *t = s->peer.host; *t; t++) /* shown to people as the holder of leases */
+        if ((unsigned char)*t < ' ' || *t == 0x7f)
+            *t = '?';
+    if (id_none(&peer->identity)) {
+        session_violated(s, "a HELLO without an identity");
+        return;
+    }
+    s->open = true;
+    log_info("%s (%s) connected", conn_peer(s->conn), s->peer.host);
+}
+
+static void on_frame(void *owner, uint32_t stream, uint8_t type, struct buf *p)
+{
+    struct session *s = owner;
+    if (s->leaving)
+        return;
+    if (conn_queued(s->conn, 0) > SESSION_UNREAD) {
+        session_violated(s, "asks, but reads no answers");
+        return;
+    }
+    switch (type) {
+    case FRAME_CLOSE:
+        epoch_drop_stream(s, get_u32(p->data));
+        break;
+    case FRAME_ATTACH:
+        on_attach(s, stream, p);
+        break;
+    case FRAME_DETACH:
+        on_detach(s, p);
+        break;
+    case FRAME_BEGIN:
+    case FRAME_OP:
+    case FRAME_REGION:
+    case FRAME_PAGES:
+    case FRAME_END:
+    case FRAME_ABORT:
+        epoch_frame(s, stream, type, p);
+        break;
+    case FRAME_LIST:
+    case FRAME_PIN:
+    case FRAME_READ:
+    case FRAME_HASH:
+    case FRAME_UNPIN:
+    case FRAME_REMOVE:
+        request_frame(s, stream, type, p);
+        break;
+    default:
+        session_violated(s, "a frame that only servers send");
+    }
+}
+
+static void on_drained(void *owner, uint32_t stream)
+{
+    (void)owner;
+    (void)stream; /* answers are bounded by what is asked */
+}
+
+static void session_free(struct session *s)
+{
+    free(s->by_id);
+    free(s->by_name);
+    free(s);
+}
+
+static void on_closed(void *owner, int err, const char *why)
+{
+    struct session *s = owner;
+    struct server *server = s->server;
+    log_at(err ? LOG_WARN : LOG_INFO, "%s", why);
+    epoch_orphan(s);
+    request_orphan(s);
+    if (s->open)
+        store_lease_seen(server->store, &s->peer.identity);
+    for (unsigned b = 0; b < SESSION_BUCKETS; b++)
+        while (!TAILQ_EMPTY(&s->by_id[b]))
+            handle_free(s, TAILQ_FIRST(&s->by_id[b]));
+    TAILQ_REMOVE(&server->sessions, s, link);
+    server->peers--;
+    session_free(s);
+    server_look(server);
+}
+
+static const struct conn_ops ops = {.open = on_open, .frame = on_frame, .drained = on_drained, .closed = on_closed};
+
+int session_new(struct server *server, uv_stream_t *stream)
+{
+    struct session *s = calloc(1, sizeof *s);
+    if (!s)
+        return -ENOMEM;
+    s->server = server;
+    s->by_id = malloc(SESSION_BUCKETS * sizeof *s->by_id);
+    s->by_name = malloc(SESSION_BUCKETS * sizeof *s->by_name);
+    if (!s->by_id || !s->by_name) {
+        session_free(s);
+        return -ENOMEM;
+    }
+    for (unsigned b = 0; b < SESSION_BUCKETS; b++) {
+        TAILQ_INIT(&s->by_id[b]);
+        TAILQ_INIT(&s->by_name[b]);
+    }
+    TAILQ_INIT(&s->opened);
+    TAILQ_INIT(&s->pending);
+    TAILQ_INIT(&s->requests);
+    s->conn = conn_take(stream, &server->self, &ops, s);
+    if (!s->conn) {
+        session_free(s);
+        return -ENOMEM;
+    }
+    TAILQ_INSERT_TAIL(&server->sessions, s, link);
+    server->peers++;
+    return 0;
+}
+
+void session_look(struct session *s)
+{
+    if (s->leaving && TAILQ_EMPTY(&s->pending) && TAILQ_EMPTY(&s->requests))
+        conn_close(s->conn, true, 0, NULL);
+}
+
+void session_stop(struct session *s)
+{
+    s->leaving = true;
+    epoch_drop_opened(s);
+    session_look(s);
+}

@@ -1,0 +1,254 @@
+/* Epochs of a session: from BEGIN to DURABLE. A failed one is answered at once by FAILED, and what still comes for it
+ * up to its END is dropped, its pages credited, so that the stream stays in step; the client's later epochs then fail
+ * by the store's own checks. */
+#include "agent/net/server_private.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+static const char *name_of(void *arg, uint32_t handle)
+{
+    struct session *s = arg;
+    struct handle *h = session_handle(s, handle);
+    return h ? h->name : NULL;
+}
+
+static void credit(struct epoch *e, size_t bytes)
+{
+    if (bytes > e->owed)
+        bytes = e->owed;
+    e->owed -= bytes;
+    if (e->session && e->stream && bytes)
+        conn_credit(e->session->conn, e->stream, (uint32_t)bytes);
+}
+
+static void on_spilled(void *arg, size_t bytes)
+{
+    credit(arg, bytes);
+}
+
+static void epoch_free(struct epoch *e)
+{
+    for (size_t i = 0; i < e->renames_n; i++)
+        free(e->renames[i].old);
+    free(e->renames);
+    free(e);
+}
+
+static void epoch_abort(struct epoch *e)
+{
+    if (e->txn)
+        store_txn_abort(e->txn);
+    e->txn = NULL;
+    credit(e, e->owed);
+}
+
+static void epoch_fail(struct epoch *e, int err, const char *text)
+{
+    e->failed = true;
+    epoch_abort(e);
+    session_failed(e->session, e->stream, e->seq, frame_code_from(err), text);
+}
+
+static struct epoch *epoch_of(struct session *s, uint32_t stream)
+{
+    struct epoch *e;
+    TAILQ_FOREACH(e, &s->opened, link)
+    if (e->stream == stream)
+        return e;
+    return NULL;
+}
+
+static void epoch_begin(struct session *s, uint32_t stream, const struct buf *p)
+{
+    if (p->len != 8) {
+        session_violated(s, "a BEGIN out of form");
+        return;
+    }
+    struct epoch *e = calloc(1, sizeof *e);
+    if (!e) {
+        session_violated(s, "no memory for an epoch");
+        return;
+    }
+    e->session = s;
+    e->stream = stream;
+    e->seq = get_u64(p->data);
+    TAILQ_INSERT_HEAD(&s->opened, e, link);
+    e->txn = store_txn_new(s->server->store, &s->peer.identity, (struct store_names){name_of, s}, on_spilled, e);
+    if (!e->txn)
+        epoch_fail(e, -ENOBUFS, "no memory for an epoch");
+}
+
+/* A renamed handle's names change when the epoch is handed in; the store follows the renames within the epoch itself.
+ */
+static int epoch_note(struct epoch *e, const struct buf *p)
+{
+    struct frame_op op;
+    if (frame_op_get(p->data, p->len, &op) < 0 || op.kind != FRAME_OP_RENAME)
+        return 0;
+    struct rename *more = realloc(e->renames, (e->renames_n + 1) * sizeof *more);
+    if (!more)
+        return -ENOBUFS;
+    e->renames = more;
+    e->renames[e->renames_n++] = (struct rename){.handle = op.handle, .to = op.to};
+    return 0;
+}
+
+static void epoch_add(struct epoch *e, uint8_t type, struct buf *p)
+{
+    char error[STORE_ERROR] = "";
+    e->frames++;
+    if (type == FRAME_PAGES)
+        e->owed += p->len;
+    if (e->failed) {
+        credit(e, e->owed);
+        return;
+    }
+    if (type != FRAME_PAGES && ++e->notes > SESSION_EPOCH_NOTES) {
+        epoch_fail(e, -ENOBUFS, "an epoch of too many OP and REGION frames");
+        return;
+    }
+    int rc = store_txn_add(e->txn, type, p, error);
+    if (!rc && type == FRAME_OP)
+        rc = epoch_note(e, p);
+    if (rc < 0)
+        epoch_fail(e, rc, error[0] ? error : strerror(-rc));
+}
+
+static void renames_do(struct session *s, struct epoch *e)
+{
+    for (size_t i = 0; i < e->renames_n; i++) {
+        struct rename *r = &e->renames[i];
+        struct handle *h = session_handle(s, r->handle), *to = session_handle(s, r->to);
+        if (!h || !to)
+            continue;
+        r->old = strdup(h->name);
+        if (!r->old || !session_handle_rename(s, h, to->name))
+            session_violated(s, "no memory for a name");
+    }
+}
+
+/* Its renames did not come to be, and so neither did those of the epochs after it on the stream, which continue it. */
+static void renames_undo(struct session *s, struct epoch *e)
+{
+    for (size_t i = e->renames_n; i-- > 0;) {
+        struct handle *h = session_handle(s, e->renames[i].handle);
+        if (h && e->renames[i].old && !session_handle_rename(s, h, e->renames[i].old))
+            session_violated(s, "no memory for a name");
+    }
+    struct epoch *later;
+    TAILQ_FOREACH(later, &s->pending, link)
+    if (later->stream == e->stream) {
+        for (size_t i = 0; i < later->renames_n; i++)
+            free(later->renames[i].old);
+        later->renames_n = 0;
+    }
+}
+
+static void on_durable(void *arg, int err, const char *text)
+{
+    struct epoch *e = arg;
+    struct session *s = e->session;
+    if (s) {
+        credit(e, e->owed);
+        TAILQ_REMOVE(&s->pending, e, link);
+        s->pending_n--;
+        if (err < 0)
+            renames_undo(s, e);
+        uint8_t seq[8];
+        put_u64(seq, e->seq);
+        if (e->stream && err < 0)
+            session_failed(s, e->stream, e->seq, frame_code_from(err), text && *text ? text : strerror(-err));
+        else if (e->stream)
+            session_reply(s, e->stream, FRAME_DURABLE, seq, sizeof seq);
+        session_look(s);
+    }
+    epoch_free(e);
+}
+
+static void epoch_end(struct session *s, struct epoch *e, const struct buf *p)
+{
+    if (p->len != 16 || get_u64(p->data) != e->seq) {
+        session_violated(s, "an END out of form, or of another epoch");
+        return;
+    }
+    if (!e->failed && get_u64(p->data + 8) != e->frames) {
+        char text[128];
+        snprintf(text, sizeof text, "END counts %llu frames, %llu came", (unsigned long long)get_u64(p->data + 8),
+                 (unsigned long long)e->frames);
+        epoch_fail(e, -EPROTO, text);
+    }
+    TAILQ_REMOVE(&s->opened, e, link);
+    if (e->failed) {
+        epoch_free(e);
+        return;
+    }
+    if (s->pending_n >= SESSION_PENDING) {
+        epoch_abort(e);
+        epoch_free(e);
+        session_violated(s, "too many epochs ahead of the disk");
+        return;
+    }
+    TAILQ_INSERT_TAIL(&s->pending, e, link);
+    s->pending_n++;
+    renames_do(s, e);
+    session_reply(s, e->stream, FRAME_RECEIVED, p->data, 8);
+    struct store_txn *txn = e->txn;
+    e->txn = NULL;
+    store_txn_commit(txn, on_durable, e);
+}
+
+void epoch_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *p)
+{
+    struct epoch *e = epoch_of(s, stream);
+    if (type == FRAME_BEGIN ? !!e : !e) {
+        session_violated(s, type == FRAME_BEGIN ? "BEGIN within an epoch" : "a frame of an epoch without BEGIN");
+    } else if (type == FRAME_BEGIN) {
+        epoch_begin(s, stream, p);
+    } else if (type == FRAME_END) {
+        epoch_end(s, e, p);
+    } else if (type == FRAME_ABORT) {
+        epoch_abort(e);
+        TAILQ_REMOVE(&s->opened, e, link);
+        epoch_free(e);
+    } else {
+        epoch_add(e, type, p);
+    }
+}
+
+void epoch_drop_stream(struct session *s, uint32_t stream)
+{
+    struct epoch *e = epoch_of(s, stream);
+    if (e) {
+        e->stream = 0;
+        epoch_abort(e);
+        TAILQ_REMOVE(&s->opened, e, link);
+        epoch_free(e);
+    }
+    TAILQ_FOREACH(e, &s->pending, link)
+    if (e->stream == stream)
+        e->stream = 0;
+}
+
+void epoch_drop_opened(struct session *s)
+{
+    struct epoch *e;
+    while ((e = TAILQ_FIRST(&s->opened))) {
+        TAILQ_REMOVE(&s->opened, e, link);
+        e->stream = 0;
+        epoch_abort(e);
+        epoch_free(e);
+    }
+}
+
+void epoch_orphan(struct session *s)
+{
+    epoch_drop_opened(s);
+    struct epoch *e;
+    while ((e = TAILQ_FIRST(&s->pending))) {
+        TAILQ_REMOVE(&s->pending, e, link);
+        e->session = NULL;
+    }
+    s->pending_n = 0;
+}

@@ -1,0 +1,273 @@
+/* What a session is asked besides epochs: LIST, PIN, READ, HASH, UNPIN, REMOVE. Every request has one answer, FAILED at
+ * worst, and at most SESSION_REQUESTS are under way. */
+#include "agent/net/server_private.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+static void refuse(struct session *s, uint32_t stream, uint32_t number, int err, const char *text)
+{
+    session_failed(s, stream, number, frame_code_from(err), text && *text ? text : strerror(-err));
+}
+
+static struct request *request_new(struct session *s, uint32_t stream, uint32_t number, struct pin *pin)
+{
+    struct request *r = s->requests_n < SESSION_REQUESTS ? malloc(sizeof *r) : NULL;
+    if (!r) {
+        refuse(s, stream, number, -ENOBUFS, "too many requests at once");
+        return NULL;
+    }
+    *r = (struct request){.session = s, .server = s->server, .pin = pin, .stream = stream, .number = number};
+    TAILQ_INSERT_TAIL(&s->requests, r, link);
+    s->requests_n++;
+    s->server->work++;
+    if (pin)
+        pin->running++;
+    return r;
+}
+
+static void pin_look(struct pin *p)
+{
+    if (!p->doomed || p->running)
+        return;
+    store_unpin(p->pin);
+    free(p);
+}
+
+static void request_free(struct request *r)
+{
+    struct session *s = r->session;
+    struct server *server = r->server;
+    if (r->pin) {
+        r->pin->running--;
+        pin_look(r->pin);
+    }
+    if (s) {
+        TAILQ_REMOVE(&s->requests, r, link);
+        s->requests_n--;
+    }
+    free(r);
+    server->work--;
+    if (s)
+        session_look(s);
+    server_look(server);
+}
+
+static struct pin **pin_slot(struct session *s, uint32_t id)
+{
+    for (unsigned i = 0; i < SESSION_PINS; i++)
+        if (id ? s->pins[i] && s->pins[i]->id == id : !s->pins[i])
+            return &s->pins[i];
+    return NULL;
+}
+
+struct listing {
+    struct session *session;
+    uint32_t stream, number;
+};
+
+static void list_entry(void *arg, const struct frame_entry *e)
+{
+    const struct listing *l = arg;
+    uint8_t payload[sizeof *e + 64];
+    session_reply(l->session, l->stream, FRAME_ENTRY, payload, frame_entry_put(payload, sizeof payload, l->number, e));
+}
+
+static void request_list(struct session *s, uint32_t stream, uint32_t number)
+{
+    struct listing l = {.session = s, .stream = stream, .number = number};
+    store_list(s->server->store, list_entry, &l);
+    uint8_t payload[4];
+    put_u32(payload, number);
+    session_reply(s, stream, FRAME_LIST_END, payload, sizeof payload);
+}
+
+static void request_pin(struct session *s, uint32_t stream, uint32_t number, const char *name)
+{
+    struct frame_entry e;
+    struct pin **slot = pin_slot(s, 0), *p = slot ? calloc(1, sizeof *p) : NULL;
+    if (!p) {
+        refuse(s, stream, number, -ENOBUFS, "too many pinned regions on one connection");
+        return;
+    }
+    int rc = name_fault(name) ? -EINVAL : store_pin(s->server->store, name, &p->pin, &e);
+    if (rc < 0) {
+        free(p);
+        refuse(s, stream, number, rc, rc == -ENOENT ? "no such region" : name_fault(name));
+        return;
+    }
+    p->id = ++s->last_pin ? s->last_pin : ++s->last_pin;
+    *slot = p;
+    uint8_t payload[sizeof e + 64];
+    session_reply(s, stream, FRAME_PINNED, payload, frame_pinned_put(payload, sizeof payload, number, p->id, &e));
+}
+
+static bool all_zero(const uint8_t *p, size_t len)
+{
+    return len && !p[0] && !memcmp(p, p + 1, len - 1);
+}
+
+static void on_data(void *arg, int err, struct buf *data)
+{
+    struct request *r = arg;
+    struct session *s = r->session;
+    if (s && err < 0) {
+        refuse(s, r->stream, r->number, err,
+               err == -ENOBUFS ? "the pinned epoch could not be kept: too much was overwritten since" : NULL);
+    } else if (s) {
+        uint32_t len = data ? data->len : 0;
+        bool zeros = all_zero(data ? data->data : NULL, len);
+        struct buf *b = buf_new(9 + (zeros ? 0 : len));
+        if (b) {
+            put_u32(b->data, r->number);
+            b->data[4] = zeros;
+            put_u32(b->data + 5, len);
+            if (!zeros && len)
+                memcpy(b->data + 9, data->data, len);
+            b->len = 9 + (zeros ? 0 : len);
+            conn_send(s->conn, r->stream, FRAME_DATA, b);
+        } else {
+            refuse(s, r->stream, r->number, -ENOBUFS, "no memory for an answer");
+        }
+    }
+    buf_drop(data);
+    request_free(r);
+}
+
+static void on_hashes(void *arg, int err, struct buf *data)
+{
+    struct request *r = arg;
+    struct session *s = r->session;
+    if (s && err < 0) {
+        refuse(s, r->stream, r->number, err,
+               err == -ENOBUFS ? "the pinned epoch could not be kept: too much was overwritten since" : NULL);
+    } else if (s) {
+        uint32_t len = data ? data->len : 0;
+        struct buf *b = buf_new(8 + len);
+        if (b) {
+            put_u32(b->data, r->number);
+            put_u32(b->data + 4, len / 16);
+            if (len)
+                memcpy(b->data + 8, data->data, len);
+            b->len = 8 + len;
+            conn_send(s->conn, r->stream, FRAME_HASHES, b);
+        } else {
+            refuse(s, r->stream, r->number, -ENOBUFS, "no memory for an answer");
+        }
+    }
+    buf_drop(data);
+    request_free(r);
+}
+
+static void on_removed(void *arg, int err, const char *text)
+{
+    struct request *r = arg;
+    uint8_t payload[4];
+    put_u32(payload, r->number);
+    if (r->session && err == -EBUSY)
+        refuse(r->session, r->stream, r->number, -ESTALE, text);
+    else if (r->session && err < 0)
+        refuse(r->session, r->stream, r->number, err, text);
+    else if (r->session)
+        session_reply(r->session, r->stream, FRAME_OK, payload, sizeof payload);
+    request_free(r);
+}
+
+static void request_read(struct session *s, uint32_t stream, uint32_t number, struct rd *rd)
+{
+    uint32_t id = rd_u32(rd);
+    uint64_t offset = rd_u64(rd);
+    uint32_t len = rd_u32(rd);
+    struct pin **p = id ? pin_slot(s, id) : NULL;
+    if (rd->bad || rd_left(rd))
+        session_violated(s, "a READ out of form");
+    else if (!p)
+        refuse(s, stream, number, -ENOENT, "no such pin");
+    else if (!len || len > FRAME_DATA_MAX || offset > INT64_MAX)
+        refuse(s, stream, number, -EPROTO, "a READ of 0, of too many bytes, or from too far");
+    else {
+        struct request *r = request_new(s, stream, number, *p);
+        if (r)
+            store_pin_read(r->pin->pin, offset, len, on_data, r);
+    }
+}
+
+static void request_hash(struct session *s, uint32_t stream, const struct buf *payload)
+{
+    struct frame_hash h;
+    if (frame_hash_get(payload->data, payload->len, &h) < 0) {
+        session_violated(s, "a HASH out of form");
+        return;
+    }
+    struct pin **p = h.pin ? pin_slot(s, h.pin) : NULL;
+    if (!p) {
+        refuse(s, stream, h.request, -ENOENT, "no such pin");
+        return;
+    }
+    struct request *r = request_new(s, stream, h.request, *p);
+    if (r)
+        store_pin_hash(r->pin->pin, h.first, h.count, on_hashes, r);
+}
+
+static void request_remove(struct session *s, uint32_t stream, uint32_t number, const char *name, bool force)
+{
+    if (name_fault(name)) {
+        refuse(s, stream, number, -EINVAL, name_fault(name));
+        return;
+    }
+    struct request *r = request_new(s, stream, number, NULL);
+    if (r)
+        store_remove(s->server->store, name, &s->peer.identity, force, on_removed, r);
+}
+
+static void pin_give_back(struct pin **slot)
+{
+    struct pin *p = *slot;
+    *slot = NULL;
+    p->doomed = true;
+    pin_look(p);
+}
+
+void request_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *payload)
+{
+    char name[NAME_CAP];
+    struct rd rd = rd_over(payload->data, payload->len);
+    if (type == FRAME_HASH) {
+        request_hash(s, stream, payload);
+        return;
+    }
+    uint32_t number = rd_u32(&rd);
+    if (type == FRAME_READ) {
+        request_read(s, stream, number, &rd);
+        return;
+    }
+    if (type == FRAME_PIN || type == FRAME_REMOVE)
+        rd_str(&rd, name, sizeof name);
+    bool force = type == FRAME_REMOVE && rd_u8(&rd);
+    if (rd.bad || rd_left(&rd)) {
+        session_violated(s, "a request out of form");
+    } else if (type == FRAME_LIST) {
+        request_list(s, stream, number);
+    } else if (type == FRAME_PIN) {
+        request_pin(s, stream, number, name);
+    } else if (type == FRAME_REMOVE) {
+        request_remove(s, stream, number, name, force);
+    } else { /* UNPIN, which names the pin */
+        struct pin **p = number ? pin_slot(s, number) : NULL;
+        if (p)
+            pin_give_back(p);
+    }
+}
+
+void request_orphan(struct session *s)
+{
+    struct request *r;
+    while ((r = TAILQ_FIRST(&s->requests))) {
+        TAILQ_REMOVE(&s->requests, r, link);
+        r->session = NULL;
+    }
+    s->requests_n = 0;
+    for (unsigned i = 0; i < SESSION_PINS; i++)
+        if (s->pins[i])
+            pin_give_back(&s->pins[i]);
+}

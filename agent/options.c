@@ -1,0 +1,149 @@
+#include "agent/options.h"
+
+#include "agent/base/identity.h"
+#include "agent/base/version.h"
+#include "agent/net/addr.h"
+
+#include <getopt.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+static const char help[] =
+    "Usage: memsync-agent --listen HOST:PORT... --store URL       the remote side: keeps replicas\n"
+    "       memsync-agent --socket PATH                           beside programs: replicates their files\n"
+    "\n"
+    "  --listen HOST:PORT   serve other agents here; port 0: any; [V6]:PORT and unix:PATH too; may be repeated\n"
+    "  --store URL          where replicas are kept:\n"
+    "                         file:DIR   region NAME is the file DIR/NAME, crash-safe (journal under DIR/.memsync/)\n"
+    "                         mem:       in memory only, gone with the agent\n"
+    "  --socket PATH        serve this user's programs here (the preload library starts this one by itself)\n"
+    "  --linger             leave when no program is connected and all they stored is acknowledged\n"
+    "  --state DIR          identity and records; default $XDG_STATE_HOME/memsync or ~/.local/state/memsync\n"
+    "  --insecure           allow --listen on an address that other hosts reach (there is no TLS in this build)\n"
+    "  --version, --help\n"
+    "\n"
+    "When ready it prints a line for each listener, such as \"listening wire 127.0.0.1:7070\". SIGTERM or SIGINT: "
+    "finishes what was\n"
+    "handed in, and exits 0. Exit status: 0 done, 2 usage, 3 could not be done. MEMSYNC_LOG=info says more (error, "
+    "warn, info, debug, off).\n"
+    "\n"
+    "Example:  memsync-agent --listen 127.0.0.1:7070 --store file:/srv/replica\n";
+
+enum { OPT_LISTEN = 1, OPT_STORE, OPT_SOCKET, OPT_LINGER, OPT_STATE, OPT_INSECURE, OPT_NBD, OPT_VERSION, OPT_HELP };
+
+static const struct option longs[] = {
+    {"listen", required_argument, NULL, OPT_LISTEN}, {"store", required_argument, NULL, OPT_STORE},
+    {"socket", required_argument, NULL, OPT_SOCKET}, {"linger", no_argument, NULL, OPT_LINGER},
+    {"state", required_argument, NULL, OPT_STATE},   {"insecure", no_argument, NULL, OPT_INSECURE},
+    {"nbd", required_argument, NULL, OPT_NBD},       {"version", no_argument, NULL, OPT_VERSION},
+    {"help", no_argument, NULL, OPT_HELP},           {NULL, 0, NULL, 0},
+};
+
+static int fault(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static int fault(int status, const char *format, ...)
+{
+    va_list ap;
+    fputs("memsync-agent: ", stderr);
+    va_start(ap, format);
+    vfprintf(stderr, format, ap);
+    va_end(ap);
+    fputs(status == 2 ? " (see memsync-agent --help)\n" : "\n", stderr);
+    return status;
+}
+
+static int store_check(const char *url)
+{
+    static const char *const unbuilt[] = {"dir:", "s3:", "redis:", "nbd:", "nbd+unix:", "hub:"};
+    if (!strcmp(url, "mem:") || (!strncmp(url, "file:", 5) && url[5]))
+        return OPTIONS_GO;
+    for (size_t i = 0; i < sizeof unbuilt / sizeof *unbuilt; i++)
+        if (!strncmp(url, unbuilt[i], strlen(unbuilt[i])))
+            return fault(3, "--store %s: not built; file:DIR and mem: are", url);
+    return fault(2, "--store %s is not a store: file:DIR or mem:", url);
+}
+
+static int listen_check(const struct options *o, const char *text)
+{
+    struct addr a;
+    if (addr_parse(&a, text) < 0)
+        return fault(2, "--listen %s is not an address: HOST:PORT, [V6]:PORT or unix:PATH", text);
+    if (!o->insecure && !addr_loopback(&a))
+        return fault(3,
+                     "no TLS is built: --listen %s would let every host that reaches it read and write; use 127.0.0.1, "
+                     "or allow it by --insecure",
+                     text);
+    return OPTIONS_GO;
+}
+
+/* What the options are together. */
+static int options_check(struct options *o)
+{
+    if (!o->listen_n && !o->store && !o->socket)
+        return fault(2, "nothing to do: give --listen and --store, or --socket");
+    if (o->listen_n && !o->store)
+        return fault(2, "--listen needs --store: where are replicas to be kept?");
+    int rc = o->store ? store_check(o->store) : OPTIONS_GO;
+    if (rc == OPTIONS_GO && o->store && !o->listen_n && !strcmp(o->store, "mem:"))
+        rc = fault(2, "--store mem: without --listen could be reached by nobody");
+    if (rc == OPTIONS_GO && o->linger && !o->socket)
+        rc = fault(2, "--linger is for an agent with --socket");
+    for (unsigned i = 0; i < o->listen_n && rc == OPTIONS_GO; i++)
+        rc = listen_check(o, o->listen[i]);
+    if (rc == OPTIONS_GO && !o->state[0] && identity_default_dir(o->state, sizeof o->state) < 0)
+        rc = fault(2, "the default state directory's path is too long: give one by --state");
+    return rc;
+}
+
+static int option_take(struct options *o, int opt)
+{
+    switch (opt) {
+    case OPT_LISTEN:
+        if (o->listen_n == OPTIONS_LISTEN)
+            return fault(2, "more than %d --listen", OPTIONS_LISTEN);
+        o->listen[o->listen_n++] = optarg;
+        return OPTIONS_GO;
+    case OPT_STORE:
+        if (o->store)
+            return fault(2, "--store given twice: an agent has one store");
+        o->store = optarg;
+        return OPTIONS_GO;
+    case OPT_SOCKET:
+        o->socket = optarg;
+        return OPTIONS_GO;
+    case OPT_LINGER:
+        o->linger = true;
+        return OPTIONS_GO;
+    case OPT_STATE:
+        if (!*optarg || strlen(optarg) >= sizeof o->state)
+            return fault(2, "--state needs a directory");
+        memcpy(o->state, optarg, strlen(optarg) + 1);
+        return OPTIONS_GO;
+    case OPT_INSECURE:
+        o->insecure = true;
+        return OPTIONS_GO;
+    case OPT_NBD:
+        return fault(3, "--nbd %s: not built", optarg);
+    case OPT_VERSION:
+        puts("memsync-agent " MEMSYNC_VERSION);
+        return 0;
+    case OPT_HELP:
+        fputs(help, stdout);
+        return 0;
+    default: /* getopt_long has said what */
+        return 2;
+    }
+}
+
+int options_parse(struct options *o, int argc, char **argv)
+{
+    memset(o, 0, sizeof *o);
+    for (int opt; (opt = getopt_long(argc, argv, "", longs, NULL)) != -1;) {
+        int rc = option_take(o, opt);
+        if (rc != OPTIONS_GO)
+            return rc;
+    }
+    if (optind < argc)
+        return fault(2, "what is %s?", argv[optind]);
+    return options_check(o);
+}
