@@ -1,6 +1,8 @@
-/* Reference-counted byte buffers: one payload travels from the reader of a page to the socket, or from the socket to the journal, uncopied.
+/* Reference-counted byte buffers: one payload travels from the reader of a page to the socket, or from the socket to
+ * the journal, uncopied.
  *
- * Contents are written by the one who made it and only read once a second holder exists. Counting is atomic: any thread may hold or drop. */
+ * Contents are written by the one who made it and only read once a second holder exists. Counting is atomic: any thread
+ * may hold or drop. */
 #ifndef BASE_BUF_H
 #define BASE_BUF_H
 
@@ -9,10 +11,10 @@
 
 struct buf {
     uint32_t refs;
-    uint32_t len;  /* bytes in use */
+    uint32_t len; /* bytes in use */
     uint32_t cap;
-    uint32_t hashed;  /* not 0: `hash` is the payload's, so that workers hash and the loop thread need not */
-    uint64_t hash; /* frame_payload_hash(data, len) */
+    uint32_t hashed; /* not 0: `hash` is the payload's, so that workers hash and the loop thread need not */
+    uint64_t hash;   /* frame_payload_hash(data, len) */
     uint8_t data[];
 };
 

@@ -27,7 +27,8 @@ bool id_parse(struct id *id, const char *text)
     int used = 0;
     uint8_t *b = id->b;
     return strlen(text) == ID_TEXT - 1 &&
-           sscanf(text, "%2hhx%2hhx%2hhx%2hhx-%2hhx%2hhx-%2hhx%2hhx-%2hhx%2hhx-%2hhx%2hhx%2hhx%2hhx%2hhx%2hhx%n", b, b + 1, b + 2,
-                  b + 3, b + 4, b + 5, b + 6, b + 7, b + 8, b + 9, b + 10, b + 11, b + 12, b + 13, b + 14, b + 15, &used) == 16 &&
+           sscanf(text, "%2hhx%2hhx%2hhx%2hhx-%2hhx%2hhx-%2hhx%2hhx-%2hhx%2hhx-%2hhx%2hhx%2hhx%2hhx%2hhx%2hhx%n", b,
+                  b + 1, b + 2, b + 3, b + 4, b + 5, b + 6, b + 7, b + 8, b + 9, b + 10, b + 11, b + 12, b + 13, b + 14,
+                  b + 15, &used) == 16 &&
            used == ID_TEXT - 1;
 }

@@ -12,7 +12,8 @@ struct id {
     uint8_t b[16];
 };
 
-/* Which file a region's content came from: a path is renamed and reused, these stay. btime is the birth time in ns, 0 where the file system has none. */
+/* Which file a region's content came from: a path is renamed and reused, these stay. btime is the birth time in ns, 0
+ * where the file system has none. */
 struct source {
     uint64_t ino, btime;
 };

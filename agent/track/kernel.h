@@ -1,5 +1,6 @@
-/* The kernel's interface as far as memsync uses it and Debian 12's headers (6.1) lack it: userfaultfd's newer feature bits and PAGEMAP_SCAN.
- * Values are the kernel's ABI (include/uapi/linux/userfaultfd.h and fs.h, Linux 6.7 and later); they never change. Shared by shim and agent. */
+/* The kernel's interface as far as memsync uses it and Debian 12's headers (6.1) lack it: userfaultfd's newer feature
+ * bits and PAGEMAP_SCAN. Values are the kernel's ABI (include/uapi/linux/userfaultfd.h and fs.h, Linux 6.7 and later);
+ * they never change. Shared by shim and agent. */
 #ifndef TRACK_KERNEL_H
 #define TRACK_KERNEL_H
 

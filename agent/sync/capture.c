@@ -1,0 +1,703 @@
+#include "agent/sync/capture.h"
+#include "agent/base/job.h"
+#include "agent/base/log.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#define SLICE_READ (4u << 20) /* bytes that one job looks at, and */
+#define SLICE_OUT 48u         /* frames it makes, at most */
+#define SCRATCH (512u << 10)
+#define RACY_NS 50000000       /* a file's time stamps tell a change only when older than the clock's tick by far */
+#define SMALL_PASS (16u << 20) /* what is read while degraded programs are made to wait once */
+#define QUEUED_HIGH (8u << 20) /* given to the connection and not yet gone: reading waits */
+
+static uint64_t now_us(void)
+{
+    return uv_hrtime() / 1000;
+}
+
+/* ---- scan (pool thread) ---- */
+
+static void take_marks(struct marks *m, struct part *p)
+{
+    uint64_t low = __atomic_exchange_n(&m->min_size, UINT64_MAX, __ATOMIC_SEQ_CST);
+    if (low < p->min_size)
+        p->min_size = low;
+    if (__atomic_exchange_n(&m->all, 0, __ATOMIC_SEQ_CST))
+        p->everything = true;
+    if (__atomic_exchange_n(&m->beyond, 0, __ATOMIC_SEQ_CST))
+        extents_add(&p->found, (uint64_t)MARKS_WORDS * 64 * MARKS_PAGE, UINT64_MAX / 2);
+    for (uint64_t s = 0; s < MARKS_SUMMARY; s++) {
+        if (!__atomic_load_n(&m->summary[s], __ATOMIC_RELAXED))
+            continue;
+        uint64_t words = __atomic_exchange_n(&m->summary[s], 0, __ATOMIC_SEQ_CST);
+        for (; words; words &= words - 1) {
+            uint64_t word = s * 64 + (uint64_t)__builtin_ctzll(words);
+            uint64_t bits = __atomic_exchange_n(&m->pages[word], 0, __ATOMIC_SEQ_CST);
+            for (; bits; bits &= bits - 1) {
+                uint64_t page = word * 64 + (uint64_t)__builtin_ctzll(bits);
+                extents_add(&p->found, page * MARKS_PAGE, (page + 1) * MARKS_PAGE);
+            }
+        }
+    }
+}
+
+void marks_collect(struct marks *m, struct body *b)
+{
+    struct part p = {.body = b, .min_size = b->min_size};
+    take_marks(m, &p);
+    b->min_size = p.min_size;
+    b->unknown |= p.everything;
+    extents_move(&b->dirty, &p.found);
+    extents_free(&p.found);
+}
+
+static int64_t ns_of(struct timespec t)
+{
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* A file found by its content need not be read while its time stamps stand and are old enough to be believed. */
+static bool stamps_stand(const struct body *b, const struct part *p)
+{
+    return p->mtime == b->stat_mtime && p->ctime == b->stat_ctime && p->size == b->size &&
+           b->stat_seen - b->stat_ctime > RACY_NS;
+}
+
+static void scan_part(struct part *p)
+{
+    struct stat st;
+    struct timespec t;
+    for (size_t i = 0; i < p->nmarks; i++)
+        take_marks(p->marks[i], p);
+    clock_gettime(CLOCK_REALTIME, &t);
+    p->seen = ns_of(t);
+    if (fstat(p->body->fd, &st) < 0) {
+        p->err = -errno;
+        return;
+    }
+    p->size = (uint64_t)st.st_size;
+    p->mtime = ns_of(st.st_mtim);
+    p->ctime = ns_of(st.st_ctim);
+    struct track_file file = {p->body->fd, p->size, &p->body->published};
+    for (size_t i = 0; i < p->nmaps && !p->err; i++)
+        p->err = track_collect(&p->maps[i], &file, &p->found);
+    if (p->by_hash && !stamps_stand(p->body, p))
+        p->everything = true;
+    if (p->everything && !p->err)
+        p->err = track_everything(&file, &p->found);
+}
+
+static void scan_work(void *arg)
+{
+    struct capture *c = arg;
+    uint64_t from = now_us();
+    for (size_t i = 0; i < c->nparts; i++)
+        scan_part(&c->parts[i]);
+    c->scan_us += now_us() - from;
+}
+
+/* ---- read (pool thread) ---- */
+
+struct builder {
+    struct capture *c;
+    struct part *part;
+    struct frame_extent e[FRAME_PAGES_ENTRIES];
+    uint32_t count;
+    uint32_t bytes;
+    uint8_t data[FRAME_DATA_MAX];
+};
+
+static void builder_flush(struct builder *b)
+{
+    if (!b->count)
+        return;
+    size_t table = FRAME_PAGES_HEAD + (size_t)b->count * FRAME_PAGES_ENTRY;
+    struct buf *buf = buf_new(table + b->bytes);
+    if (!buf) {
+        b->c->err = -ENOMEM;
+        return;
+    }
+    frame_pages_put(buf->data, table, b->part->handle, b->e, b->count);
+    memcpy(buf->data + table, b->data, b->bytes);
+    buf->len = (uint32_t)table + b->bytes;
+    buf->hash = frame_payload_hash(buf->data, buf->len);
+    buf->hashed = 1;
+    b->c->out_part[b->c->nout] = b->part;
+    b->c->out[b->c->nout++] = (struct item){FRAME_PAGES, buf};
+    b->count = b->bytes = 0;
+}
+
+static void builder_page(struct builder *b, uint64_t offset, uint32_t len, const uint8_t *page, bool zeros)
+{
+    uint32_t data = zeros ? 0 : len;
+    struct frame_extent *last = b->count ? &b->e[b->count - 1] : NULL;
+    bool joins = last && last->offset + last->len == offset && (last->kind == FRAME_PAGES_ZEROS) == zeros &&
+                 last->len < (1u << 30);
+    if (b->bytes + data > FRAME_DATA_MAX || (!joins && b->count == FRAME_PAGES_ENTRIES)) {
+        builder_flush(b);
+        joins = false;
+    }
+    if (joins)
+        b->e[b->count - 1].len += len;
+    else
+        b->e[b->count++] =
+            (struct frame_extent){.offset = offset, .len = len, .kind = zeros ? FRAME_PAGES_ZEROS : FRAME_PAGES_DATA};
+    if (!zeros)
+        memcpy(b->data + b->bytes, page, len);
+    b->bytes += data;
+    b->c->pages++;
+}
+
+/* Everything at hand is compared with what was published; what differs goes out and counts as published. */
+static void read_run(struct builder *b, uint8_t *scratch, uint64_t offset, size_t len)
+{
+    struct part *p = b->part;
+    size_t have = 0;
+    size_t want = p->size - offset < len ? (size_t)(p->size - offset) : len;
+    while (have < want) {
+        ssize_t n = pread(p->body->fd, scratch + have, want - have, (off_t)(offset + have));
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0) {
+            b->c->err = -errno;
+            return;
+        }
+        if (!n)
+            break; /* cut while we read: the next capture is told */
+        have += (size_t)n;
+    }
+    memset(scratch + have, 0, len - have);
+    for (size_t at = 0; at < len && !b->c->err; at += PAGE) {
+        uint64_t page = (offset + at) / PAGE;
+        struct page_hash h = page_hash_of(scratch + at);
+        if (page_hash_same(h, hashes_get(&p->body->published, page)))
+            continue;
+        uint64_t left = p->size - (offset + at);
+        hashes_set(&p->body->published, page, h);
+        builder_page(b, offset + at, left < PAGE ? (uint32_t)left : PAGE, scratch + at, !h.lo && !h.hi);
+    }
+}
+
+static void prepare_part(struct capture *c, struct part *p)
+{
+    p->prepared = true;
+    if (hashes_room(&p->body->published, (p->size + PAGE - 1) / PAGE))
+        c->err = -ENOMEM;
+    if (p->cut < p->from_size) {
+        hashes_cut(&p->body->published, p->cut);
+        extents_add(&p->todo, p->cut, p->cut + 1);
+    }
+    extents_settle(&p->todo, p->size);
+    if (p->todo.lost)
+        c->err = -ENOMEM;
+    p->at = p->todo.count ? p->todo.at[0].start : 0;
+}
+
+static void read_work(void *arg)
+{
+    struct capture *c = arg;
+    uint64_t from = now_us();
+    uint8_t *scratch = malloc(SCRATCH);
+    struct builder *b = malloc(sizeof *b);
+    size_t budget = SLICE_READ;
+    if (!scratch || !b)
+        c->err = -ENOMEM;
+    while (!c->err && budget && c->part < c->nparts && c->nout < SLICE_OUT) {
+        struct part *p = &c->parts[c->part];
+        if (!p->prepared)
+            prepare_part(c, p);
+        b->c = c;
+        b->part = p;
+        b->count = b->bytes = 0;
+        while (!c->err && budget && p->extent < p->todo.count && c->nout < SLICE_OUT) {
+            uint64_t end = p->todo.at[p->extent].end;
+            size_t len = end - p->at < SCRATCH ? (size_t)(end - p->at) : SCRATCH;
+            if (len > budget)
+                len = budget;
+            read_run(b, scratch, p->at, len);
+            budget -= len;
+            p->at += len;
+            if (p->at == end && ++p->extent < p->todo.count)
+                p->at = p->todo.at[p->extent].start;
+        }
+        if (!c->err)
+            builder_flush(b);
+        if (p->extent >= p->todo.count)
+            c->part++;
+    }
+    free(scratch);
+    free(b);
+    c->read_us += now_us() - from;
+}
+
+/* ---- the loop's side ---- */
+
+static void read_done(void *arg);
+static void scan_done(void *arg);
+
+static void hold_program(struct capture *c, struct program *p)
+{
+    program_hold(p);
+    c->held[c->nheld++] = p;
+}
+
+static int part_fill(struct capture *c, struct part *p, struct region *r)
+{
+    struct body *b = r->body;
+    size_t maps = 0, marks = 0;
+    for (struct use *u = b->uses; u; u = u->next_body) {
+        maps += u->nmaps;
+        marks += u->marks != NULL;
+    }
+    *p = (struct part){.region = r, .body = b, .handle = r->handle, .min_size = UINT64_MAX};
+    body_hold(b);
+    p->maps = calloc(maps + 1, sizeof *p->maps);
+    p->owners = calloc(maps + 1, sizeof(struct program *));
+    p->marks = calloc(marks + 1, sizeof(struct marks *));
+    if (!p->maps || !p->owners || !p->marks)
+        return -ENOMEM;
+    for (struct use *u = b->uses; u; u = u->next_body) {
+        if (u->marks)
+            p->marks[p->nmarks++] = u->marks;
+        for (size_t i = 0; i < u->nmaps; i++) {
+            if (u->maps[i].ops->reads_all && c->scan_only)
+                continue; /* it will be found by content whenever we look */
+            p->owners[p->nmaps] = u->program;
+            p->maps[p->nmaps++] = u->maps[i];
+        }
+        p->by_hash |= u->hashed && !c->scan_only;
+        p->everything |= u->hashed > 1 && !c->scan_only;
+    }
+    p->everything |= b->unknown && !c->scan_only;
+    return 0;
+}
+
+static void parts_free(struct capture *c)
+{
+    for (size_t i = 0; i < c->nparts; i++) {
+        struct part *p = &c->parts[i];
+        free(p->maps);
+        free(p->owners);
+        free(p->marks);
+        extents_free(&p->found);
+        extents_free(&p->todo);
+        body_drop(p->body);
+    }
+    free(c->parts);
+    c->parts = NULL;
+    c->nparts = c->part = 0;
+    for (size_t i = 0; i < c->nheld; i++)
+        program_drop(c->held[i]);
+    free(c->held);
+    c->held = NULL;
+    c->nheld = 0;
+}
+
+/* A later pass leaves out what came, or was renamed, after the epoch was opened. */
+static bool joins_pass(const struct capture *c, const struct region *r)
+{
+    if (c->pass == 1)
+        return true;
+    return r->attach == ATTACH_DONE && r->body->created && (!r->body->moved || epoch_touched(c->epoch, r->body));
+}
+
+/* One pass: everything that the group now has. */
+static int pass_start(struct capture *c)
+{
+    struct group *g = c->group;
+    size_t regions = 0, programs = 0;
+    for (struct region *r = g->regions; r; r = r->next_group)
+        regions += r->body && region_takes_part(r);
+    for (struct program *p = g->link->local->programs; p; p = p->next)
+        programs++;
+    c->parts = calloc(regions + 1, sizeof *c->parts);
+    c->held = calloc(programs + 1, sizeof(struct program *));
+    int rc = c->parts && c->held ? 0 : -ENOMEM;
+    for (struct program *p = g->link->local->programs; p && !rc; p = p->next)
+        hold_program(c, p);
+    c->pass++;
+    if (c->pass == 1 && !c->scan_only) {
+        c->ops = g->ops;
+        g->ops = NULL;
+    }
+    for (struct region *r = g->regions; r && !rc; r = r->next_group)
+        if (r->body && region_takes_part(r) && joins_pass(c, r))
+            rc = part_fill(c, &c->parts[c->nparts++], r);
+    c->phase = CAPTURE_SCANNING;
+    g->tainted = false;
+    for (struct waiter *w = g->waiters; w; w = w->next)
+        if (!w->captured && !(c->scan_only && w->kind == WAIT_SYNC))
+            w->assigned = true;
+    if (!rc)
+        rc = job_run(g->link->local->loop, scan_work, scan_done, c);
+    return rc;
+}
+
+static void capture_end(struct capture *c)
+{
+    struct group *g = c->group;
+    parts_free(c);
+    if (!c->scan_only && !c->aborted)
+        log_debug("capture %s regions=%zu scan=%llu us read=%llu us pages=%llu bytes=%llu passes=%u", g->link->address,
+                  c->nparts, (unsigned long long)c->scan_us, (unsigned long long)c->read_us,
+                  (unsigned long long)c->pages, (unsigned long long)c->bytes, c->pass);
+    g->capture = NULL;
+    free(c);
+    group_captured(g);
+}
+
+int capture_start(struct group *g, bool scan_only)
+{
+    struct capture *c = calloc(1, sizeof *c);
+    if (!c)
+        return -ENOMEM;
+    c->group = g;
+    c->scan_only = scan_only;
+    c->began = now_us();
+    g->capture = c;
+    int rc = pass_start(c);
+    if (rc) {
+        log_error("capture: %s", strerror(-rc));
+        parts_free(c);
+        g->capture = NULL;
+        free(c);
+        for (struct waiter *w = g->waiters; w; w = w->next)
+            w->assigned = w->captured;
+    }
+    return rc;
+}
+
+/* What was taken out of page tables and marks, and will not be sent now, stays with the bodies. */
+static void give_back(struct capture *c, bool hashes_wrong)
+{
+    for (size_t i = 0; i < c->nparts; i++) {
+        struct part *p = &c->parts[i];
+        extents_move(&p->body->dirty, &p->found);
+        extents_move(&p->body->dirty, &p->todo);
+        if (p->min_size < p->body->min_size)
+            p->body->min_size = p->min_size;
+        if (p->cut < p->from_size && p->cut < p->body->min_size)
+            p->body->min_size = p->cut;
+        if (hashes_wrong || p->body->dirty.lost) {
+            p->body->unknown = p->body->refetch = true;
+            p->region->attach = p->region->attach == ATTACH_DONE ? ATTACH_LOOSE : p->region->attach;
+        }
+    }
+}
+
+static void capture_fail(struct capture *c)
+{
+    struct group *g = c->group;
+    c->aborted = true;
+    bool sent = c->epoch != NULL;
+    give_back(c, sent);
+    if (c->ops) {
+        struct op **at = &c->ops;
+        while (*at)
+            at = &(*at)->next;
+        *at = g->ops;
+        g->ops = c->ops;
+        c->ops = NULL;
+    }
+    if (sent) { /* the queue's last is ours: it will never be whole */
+        struct epoch **at = &g->queue;
+        while (*at != c->epoch)
+            at = &(*at)->next;
+        *at = NULL;
+        if (c->epoch->begun && g->link->conn) {
+            struct buf *b = buf_new(8);
+            if (b) {
+                put_u64(b->data, c->epoch->seq);
+                b->len = 8;
+                conn_send(g->link->conn, c->epoch->stream, FRAME_ABORT, b);
+            }
+        }
+        for (size_t i = 0; i < c->epoch->ntouched; i++) {
+            struct body *b = c->epoch->touched[i].body;
+            b->unknown = b->refetch = true;
+            if (b->region && b->region->attach == ATTACH_DONE)
+                b->region->attach = ATTACH_LOOSE;
+        }
+        epoch_free(c->epoch);
+    }
+    for (struct waiter *w = g->waiters; w; w = w->next)
+        w->assigned = w->captured;
+    capture_end(c);
+}
+
+static void retire_maps(struct group *g)
+{
+    for (struct waiter *w = g->waiters; w; w = w->next) {
+        if (!w->assigned || w->scanned)
+            continue;
+        w->scanned = true;
+        if ((w->kind != WAIT_RETIRE && w->kind != WAIT_BYE) || !w->answer)
+            continue;
+        for (struct use *u = w->answer->program->uses; u; u = u->next_program) {
+            if (!u->body->region || u->body->region->group != g)
+                continue;
+            if (w->kind == WAIT_RETIRE)
+                use_retire(u, w->addr, w->len);
+            else
+                u->left = true;
+        }
+    }
+}
+
+/* Into the epoch's head go the names' changes; each one that concerns a body counts as touching it. */
+static int take_ops(struct capture *c)
+{
+    struct group *g = c->group;
+    int rc = 0;
+    while (c->ops && !rc) {
+        struct op *o = c->ops;
+        struct frame_op f = {.kind = o->kind, .handle = o->region->handle, .to = o->to ? o->to->handle : 0};
+        f.lineage = o->body->lineage;
+        f.source = o->body->source;
+        if (o->kind == FRAME_OP_CREATE) {
+            o->body->epoch = 0;
+            o->body->created = true;
+        }
+        struct buf *b = buf_new(64);
+        if (b)
+            b->len = (uint32_t)frame_op_put(b->data, b->cap, &f);
+        rc = epoch_add(c->epoch, FRAME_OP, b);
+        if (!rc && o->kind == FRAME_OP_UNLINK)
+            rc = epoch_touch(c->epoch, o->region, o->body, 0);
+        if (o->kind == FRAME_OP_RENAME) { /* the handle follows the region: the names swap theirs */
+            uint32_t handle = o->region->handle;
+            o->region->handle = ++g->link->next_handle;
+            o->region->attach = ATTACH_LOOSE;
+            o->to->handle = handle;
+        }
+        c->ops = o->next;
+        body_drop(o->body);
+        free(o);
+    }
+    return rc;
+}
+
+static int epoch_open(struct capture *c)
+{
+    struct group *g = c->group;
+    c->epoch = epoch_new(++g->link->next_seq);
+    if (!c->epoch)
+        return -ENOMEM;
+    struct epoch **at = &g->queue;
+    while (*at)
+        at = &(*at)->next;
+    *at = c->epoch;
+    return take_ops(c);
+}
+
+/* States the region's number and sizes, before its first pages and again when a later pass found another size. */
+static int announce(struct capture *c, struct part *p)
+{
+    struct body *b = p->body;
+    struct touched *t = epoch_touched(c->epoch, b);
+    p->announce = false;
+    if (!t) {
+        b->epoch++;
+        int rc = epoch_touch(c->epoch, p->region, b, b->epoch);
+        if (rc)
+            return rc;
+        region_reserve(p->region);
+    }
+    struct frame_region f = {
+        .handle = p->handle, .epoch = b->epoch, .fence = p->region->fence, .min_size = p->cut, .size = p->size};
+    struct buf *buf = buf_new(64);
+    if (buf)
+        buf->len = (uint32_t)frame_region_put(buf->data, buf->cap, &f);
+    return epoch_add(c->epoch, FRAME_REGION, buf);
+}
+
+static void read_next(struct capture *c)
+{
+    c->phase = CAPTURE_READING;
+    if (job_run(c->group->link->local->loop, read_work, read_done, c)) {
+        c->err = -ENOMEM;
+        capture_fail(c);
+    }
+}
+
+static bool begin_reading(struct capture *c)
+{
+    uint64_t todo = 0;
+    if (c->pass == 1 && (c->err = epoch_open(c)))
+        return false;
+    for (size_t i = 0; i < c->nparts; i++) {
+        struct part *p = &c->parts[i];
+        struct body *b = p->body;
+        struct touched *t = epoch_touched(c->epoch, b);
+        p->handle = t ? t->region->handle : p->region->handle;
+        extents_move(&p->todo, &b->dirty);
+        extents_move(&p->todo, &p->found);
+        p->from_size = b->size;
+        p->cut = p->min_size < b->min_size ? p->min_size : b->min_size;
+        if (p->size < p->cut)
+            p->cut = p->size;
+        if (p->cut >= b->size)
+            p->cut = UINT64_MAX; /* it never was smaller than it is there */
+        p->announce = p->cut != UINT64_MAX || p->size != b->size || (b->created && !b->epoch) || b->moved;
+        b->moved = false;
+        b->min_size = UINT64_MAX;
+        b->size = p->size;
+        b->unknown = b->killed = false;
+        b->stat_mtime = p->mtime;
+        b->stat_ctime = p->ctime;
+        b->stat_seen = p->seen;
+        todo += extents_bytes(&p->todo);
+    }
+    c->final = todo <= SMALL_PASS;
+    return true;
+}
+
+static void scan_done(void *arg)
+{
+    struct capture *c = arg;
+    int err = 0;
+    for (size_t i = 0; i < c->nparts; i++) {
+        struct part *p = &c->parts[i];
+        if (!p->err)
+            continue;
+        err = p->err;
+        log_info("%s: scan: %s", p->region->name, strerror(-p->err));
+        p->body->unknown = p->body->killed = true;
+        for (size_t m = 0; m < p->nmaps; m++)
+            program_check(p->owners[m]);
+    }
+    if (err && (!c->scan_only || c->aborted)) {
+        capture_fail(c);
+        return;
+    }
+    retire_maps(c->group);
+    if (c->scan_only || c->aborted) {
+        give_back(c, false);
+        if (c->aborted && c->epoch)
+            capture_fail(c);
+        else
+            capture_end(c);
+        return;
+    }
+    if (!begin_reading(c)) {
+        capture_fail(c);
+        return;
+    }
+    read_next(c);
+}
+
+/* The pages of a slice into the epoch. */
+static int take_out(struct capture *c)
+{
+    int rc = 0;
+    for (size_t i = 0; i < c->nout; i++) {
+        if (!rc && (!epoch_touched(c->epoch, c->out_part[i]->body) || c->out_part[i]->announce))
+            rc = announce(c, c->out_part[i]);
+        if (rc) {
+            buf_drop(c->out[i].payload);
+            continue;
+        }
+        c->bytes += c->out[i].payload->len;
+        rc = epoch_add(c->epoch, c->out[i].type, c->out[i].payload);
+    }
+    c->nout = 0;
+    if (c->epoch->bytes > EPOCH_KEEP)
+        c->epoch->kept = false;
+    return rc;
+}
+
+static void capture_finish(struct capture *c)
+{
+    struct group *g = c->group;
+    for (size_t i = 0; i < c->nparts; i++)
+        if (c->parts[i].announce && (c->err = announce(c, &c->parts[i]))) {
+            capture_fail(c);
+            return;
+        }
+    if (g->tainted && c->epoch->count) {
+        parts_free(c);
+        int rc = pass_start(c);
+        if (rc)
+            capture_fail(c);
+        return;
+    }
+    struct epoch *e = c->epoch;
+    e->closed = true;
+    e->captured_at = uv_now(g->link->local->loop);
+    uint64_t seq = e->seq;
+    if (!e->count) {
+        struct epoch **at = &g->queue;
+        seq = 0;
+        while (*at != e) {
+            seq = (*at)->seq;
+            at = &(*at)->next;
+        }
+        *at = NULL;
+        epoch_free(e);
+    }
+    c->epoch = NULL;
+    for (struct waiter *w = g->waiters; w; w = w->next)
+        if (w->assigned && !w->captured) {
+            w->captured = true;
+            w->seq = seq;
+        }
+    capture_end(c);
+}
+
+/* Whether reading should wait: for the connection to take what it has, or for room. */
+static bool must_pause(const struct capture *c)
+{
+    const struct group *g = c->group;
+    const struct link *k = g->link;
+    if (k->state == LINK_UP && c->epoch->begun)
+        return conn_queued(k->conn, c->epoch->stream) > QUEUED_HIGH;
+    return group_queue_bytes(g) > GROUP_KEEP || (!c->epoch->kept && !c->epoch->begun);
+}
+
+static void go_on(struct capture *c)
+{
+    if (c->aborted) {
+        capture_fail(c);
+    } else if (c->part >= c->nparts) {
+        capture_finish(c);
+    } else if (must_pause(c)) {
+        c->phase = CAPTURE_PAUSED;
+    } else {
+        read_next(c);
+    }
+}
+
+static void read_done(void *arg)
+{
+    struct capture *c = arg;
+    int rc = c->err;
+    if (!rc)
+        rc = take_out(c);
+    else
+        for (size_t i = 0; i < c->nout; i++)
+            buf_drop(c->out[i].payload);
+    if (rc) {
+        group_degrade(c->group, "the region cannot be read: %s", strerror(-rc));
+        capture_fail(c);
+        return;
+    }
+    group_pump(c->group);
+    go_on(c);
+}
+
+void capture_resume(struct capture *c)
+{
+    if (c->phase == CAPTURE_PAUSED && (c->aborted || !must_pause(c)))
+        go_on(c);
+}
+
+void capture_abort(struct capture *c)
+{
+    c->aborted = true;
+    capture_resume(c);
+}

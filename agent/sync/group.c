@@ -1,0 +1,708 @@
+/* Groups: when captures run, how their epochs travel, who waits for what, and what happens when the remote cannot be
+ * had.
+ *
+ * A group is in order while its queue drains. It is `degraded` from the moment a sync point had to be let go without
+ * its acknowledgement (time over, or the remote said no); then sync points are not held, dirty pages stay in the page
+ * tables, and once the remote is back captures run in passes until one was not overtaken (capture.h). The first epoch
+ * that becomes durable with nothing behind it ends the state.
+ *
+ * Continuity: after a lost link the regions are attached again, and their epoch numbers tell which of the queue was
+ * committed. If the rest fits on, it is sent again; if not (the remote lost epochs, or an epoch was too large to be
+ * kept), the queue is dropped and every body is compared by hashes. */
+#include "agent/sync/capture.h"
+#include "agent/base/log.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#define RETRY_MS 500u
+#define RETRY_MAX_MS 8000u
+
+static uint64_t now_of(const struct group *g)
+{
+    return uv_now(g->link->local->loop);
+}
+
+struct group *group_of(struct link *k, const char *name)
+{
+    for (struct group *g = k->groups; g && *name; g = g->next)
+        if (g->name && !strcmp(g->name, name))
+            return g;
+    struct group *g = calloc(1, sizeof *g);
+    if (!g)
+        return NULL;
+    g->link = k;
+    g->name = *name ? strdup(name) : NULL;
+    g->stream = ++k->next_stream;
+    g->last_sync = uv_now(k->local->loop);
+    g->next = k->groups;
+    k->groups = g;
+    return g;
+}
+
+void group_add(struct group *g, struct region *r)
+{
+    r->group = g;
+    r->next_group = g->regions;
+    g->regions = r;
+}
+
+uint64_t group_queue_bytes(const struct group *g)
+{
+    uint64_t all = 0;
+    for (const struct epoch *e = g->queue; e; e = e->next)
+        all += e->kept ? e->bytes : 0;
+    return all;
+}
+
+static void waiter_free(struct waiter **at, int result)
+{
+    struct waiter *w = *at;
+    *at = w->next;
+    if (w->answer)
+        answer_drop(w->answer, result);
+    free(w);
+}
+
+void group_free(struct group *g)
+{
+    while (g->queue) {
+        struct epoch *e = g->queue;
+        g->queue = e->next;
+        epoch_free(e);
+    }
+    while (g->ops) {
+        struct op *o = g->ops;
+        g->ops = o->next;
+        body_drop(o->body);
+        free(o);
+    }
+    while (g->waiters)
+        waiter_free(&g->waiters, 0);
+    free(g->name);
+    free(g);
+}
+
+/* ---- waiting ---- */
+
+static bool seq_done(const struct group *g, uint64_t seq, uint8_t ack)
+{
+    for (const struct epoch *e = g->queue; e && e->seq <= seq && ack != CONTROL_ACK_ASYNC; e = e->next)
+        if (ack == CONTROL_ACK_DURABLE || !e->received)
+            return false;
+    return true;
+}
+
+static bool takes_part(const struct group *g)
+{
+    for (const struct region *r = g->regions; r; r = r->next_group)
+        if (r->body && region_takes_part(r))
+            return true;
+    return g->ops || g->queue;
+}
+
+static bool fenced(const struct group *g)
+{
+    for (const struct region *r = g->regions; r; r = r->next_group)
+        if (r->attach == ATTACH_FENCED)
+            return true;
+    return false;
+}
+
+static void settle(struct group *g)
+{
+    bool none = !takes_part(g) && !g->capture, bad = fenced(g);
+    for (struct waiter **at = &g->waiters; *at;) {
+        struct waiter *w = *at;
+        bool maps = w->kind == WAIT_RETIRE || w->kind == WAIT_BYE;
+        if (bad && w->kind == WAIT_SYNC)
+            waiter_free(at, -EIO);
+        else if (w->captured && seq_done(g, w->seq, w->ack))
+            waiter_free(at, 0);
+        else if (w->scanned && (w->scan_only || (g->degraded && w->loss != CONTROL_LOSS_BLOCK)))
+            waiter_free(at, 0);
+        else if (none && (!maps || w->scanned || !g->regions))
+            waiter_free(at, 0);
+        else
+            at = &w->next;
+    }
+}
+
+/* A sync point that returns without its acknowledgement lets the program store on: what is being read would be a
+ * mixture. */
+static void let_go(struct group *g, struct waiter **at)
+{
+    int result = (*at)->loss == CONTROL_LOSS_FAIL ? -EIO : 0;
+    if (g->capture)
+        g->tainted = true;
+    waiter_free(at, result);
+}
+
+static bool last_pass(const struct group *g)
+{
+    return g->capture && g->capture->final && g->capture->phase != CAPTURE_SCANNING;
+}
+
+void waiter_new(struct group *g, enum waiter_kind kind, struct answer *a, const struct program *p, uint8_t ack,
+                uint64_t addr, uint64_t len, bool scan_only)
+{
+    struct waiter *w = calloc(1, sizeof *w);
+    if (!w) {
+        if (a)
+            answer_drop(a, -ENOMEM);
+        return;
+    }
+    *w = (struct waiter){
+        .kind = kind, .answer = a, .ack = ack, .scan_only = scan_only, .addr = addr, .len = len, .since = now_of(g)};
+    w->loss = p ? p->loss : CONTROL_LOSS_CONTINUE;
+    w->timeout_ms = p ? p->timeout_ms : UINT64_MAX;
+    struct waiter **at = &g->waiters;
+    while (*at)
+        at = &(*at)->next;
+    *at = w;
+    g->last_sync = now_of(g);
+    if (g->degraded && kind == WAIT_SYNC && w->loss != CONTROL_LOSS_BLOCK && !last_pass(g))
+        let_go(g, at);
+    group_kick(g);
+}
+
+void group_forget_program(struct group *g, const struct program *p)
+{
+    for (struct waiter *w = g->waiters; w; w = w->next)
+        if (w->answer && w->answer->program == p) {
+            answer_drop(w->answer, 0);
+            w->answer = NULL;
+        }
+}
+
+void group_degrade(struct group *g, const char *format, ...)
+{
+    va_list ap;
+    va_start(ap, format);
+    vsnprintf(g->reason, sizeof g->reason, format, ap);
+    va_end(ap);
+    if (!g->degraded) {
+        g->degraded = true;
+        g->degraded_since = now_of(g);
+    }
+    if (!g->said) {
+        g->said = true;
+        group_notice(g,
+                     "%s: %s; the program runs on, its changes are kept here and sent when that is over (`memsync "
+                     "status` tells)",
+                     g->link->address, g->reason);
+    }
+    for (struct waiter **at = &g->waiters; *at;) {
+        struct waiter *w = *at;
+        if (w->kind == WAIT_SYNC && w->loss != CONTROL_LOSS_BLOCK)
+            let_go(g, at);
+        else
+            at = &w->next;
+    }
+    group_kick(g);
+}
+
+static void recover(struct group *g)
+{
+    if (!g->degraded || g->queue || g->capture)
+        return;
+    for (struct region *r = g->regions; r; r = r->next_group)
+        if (r->body && region_takes_part(r) && (r->body->unknown || r->body->dirty.count))
+            return;
+    g->degraded = false;
+    g->retry_ms = 0;
+    if (g->said)
+        group_notice(g, "%s: caught up: the remote has everything again", g->link->address);
+    g->said = false;
+    g->reason[0] = 0;
+}
+
+/* ---- captures ---- */
+
+/* Ready: its epochs can be numbered, whether or not the remote can be had right now. */
+static bool region_ready(const struct region *r)
+{
+    if (!region_takes_part(r) || (!r->body && r->attach != ATTACH_ASKED))
+        return true;
+    if (r->attach == ATTACH_DONE)
+        return true;
+    return r->link->state != LINK_UP && r->held_before && r->body && !r->body->refetch && !id_none(&r->body->lineage);
+}
+
+static bool ready(const struct group *g)
+{
+    for (const struct region *r = g->regions; r; r = r->next_group)
+        if (!region_ready(r))
+            return false;
+    for (const struct op *o = g->ops; o; o = o->next)
+        if (o->to && o->to->attach != ATTACH_DONE)
+            return false;
+    return true;
+}
+
+static bool wants(const struct group *g, bool *scan)
+{
+    bool publish = g->wanted;
+    *scan = false;
+    for (const struct waiter *w = g->waiters; w; w = w->next) {
+        publish |= !w->captured && !(w->scan_only && w->scanned);
+        *scan |= !w->scanned && w->kind != WAIT_SYNC && w->kind != WAIT_TOOL;
+    }
+    return publish || *scan;
+}
+
+static bool merge_due(struct group *g)
+{
+    if (!g->merging)
+        return false;
+    struct group *other = g->merging;
+    if (g->capture || other->capture)
+        return true;
+    g->merging = other->merging = NULL;
+    group_merge(g, other);
+    return true;
+}
+
+void group_kick(struct group *g)
+{
+    bool scan;
+    if (merge_due(g) || g->capture)
+        return;
+    settle(g);
+    if (!wants(g, &scan))
+        return;
+    bool can = ready(g) && !g->compare && now_of(g) >= g->retry_at && group_queue_bytes(g) <= GROUP_KEEP &&
+               !(g->degraded && g->link->state != LINK_UP) && !g->link->broken;
+    if (can) {
+        g->wanted = false;
+        capture_start(g, false);
+    } else if (scan) {
+        capture_start(g, true);
+    }
+}
+
+void group_captured(struct group *g)
+{
+    for (struct waiter *w = g->waiters; w; w = w->next)
+        if (!w->captured)
+            w->assigned = false;
+    group_pump(g);
+    settle(g);
+    recover(g);
+    group_kick(g);
+}
+
+/* Two groups that came to share a program become one, of the first's name and stream. The second's epochs stay in their
+ * order; what was sent on its stream is awaited before anything goes out on the first's (group_pump). Waits for
+ * captures under way. */
+struct group *group_merge(struct group *a, struct group *b)
+{
+    if (a == b || a->merging || b->merging)
+        return a;
+    if (a->capture || b->capture) {
+        a->merging = b;
+        b->merging = a;
+        return a;
+    }
+    while (b->regions) {
+        struct region *r = b->regions;
+        b->regions = r->next_group;
+        group_add(a, r);
+    }
+    for (struct program *p = a->link->local->programs; p; p = p->next)
+        if (p->group == b)
+            p->group = a;
+    struct epoch **at = &a->queue;
+    while (b->queue) {
+        while (*at && (*at)->seq < b->queue->seq)
+            at = &(*at)->next;
+        struct epoch *e = b->queue;
+        b->queue = e->next;
+        e->next = *at;
+        *at = e;
+    }
+    struct op **op = &a->ops;
+    while (*op)
+        op = &(*op)->next;
+    *op = b->ops;
+    struct waiter **w = &a->waiters;
+    while (*w)
+        w = &(*w)->next;
+    *w = b->waiters;
+    a->wanted |= b->wanted;
+    a->compare |= b->compare;
+    if (b->degraded && !a->degraded) {
+        a->degraded = true;
+        a->degraded_since = b->degraded_since;
+        a->said = b->said;
+        memcpy(a->reason, b->reason, sizeof a->reason);
+    }
+    b->ops = NULL;
+    b->waiters = NULL;
+    struct link *k = b->link;
+    struct group **from = &k->groups;
+    while (*from != b)
+        from = &(*from)->next;
+    *from = b->next;
+    free(b->name);
+    free(b);
+    group_kick(a);
+    return a;
+}
+
+void group_op(struct group *g, uint8_t kind, struct region *region, struct region *to, struct body *body)
+{
+    struct op *o = calloc(1, sizeof *o), **at = &g->ops;
+    if (!o)
+        return;
+    body_hold(body);
+    *o = (struct op){.kind = kind, .region = region, .to = to, .body = body};
+    while (*at)
+        at = &(*at)->next;
+    *at = o;
+    g->wanted = true;
+}
+
+/* ---- sending ---- */
+
+static void send_u64s(struct group *g, uint32_t stream, uint8_t type, uint64_t a, uint64_t b, bool two)
+{
+    struct buf *buf = buf_new(16);
+    if (!buf)
+        return;
+    put_u64(buf->data, a);
+    put_u64(buf->data + 8, b);
+    buf->len = two ? 16 : 8;
+    conn_send(g->link->conn, stream, type, buf);
+}
+
+/* Its fence may have changed since the frame was made: the lease was given anew. */
+static struct buf *fenced_now(const struct epoch *e, struct buf *old)
+{
+    struct frame_region f;
+    if (frame_region_get(old->data, old->len, &f))
+        return old;
+    for (size_t i = 0; i < e->ntouched; i++)
+        if (e->touched[i].region->handle == f.handle)
+            f.fence = e->touched[i].region->fence;
+    struct buf *b = buf_new(64);
+    if (!b)
+        return old;
+    b->len = (uint32_t)frame_region_put(b->data, b->cap, &f);
+    buf_drop(old);
+    return b;
+}
+
+static void epoch_send(struct group *g, struct epoch *e)
+{
+    struct conn *c = g->link->conn;
+    if (!e->begun) {
+        e->begun = true;
+        e->stream = g->stream;
+        send_u64s(g, e->stream, FRAME_BEGIN, e->seq, 0, false);
+    }
+    conn_set_priority(c, e->stream, e->bytes > (1u << 20) ? CONN_BULK : CONN_NORMAL);
+    for (; e->sent < e->count; e->sent++) {
+        struct item *i = &e->items[e->sent];
+        if (i->type == FRAME_REGION)
+            i->payload = fenced_now(e, i->payload);
+        conn_send(c, e->stream, i->type, buf_hold(i->payload));
+    }
+    for (size_t n = e->count; !e->kept && n && e->items[n - 1].payload; n--) {
+        buf_drop(e->items[n - 1].payload);
+        e->items[n - 1].payload = NULL;
+    }
+    if (e->closed) {
+        e->ended = true;
+        send_u64s(g, e->stream, FRAME_END, e->seq, e->count, true);
+    }
+}
+
+void group_pump(struct group *g)
+{
+    if (g->link->state != LINK_UP || g->compare || now_of(g) < g->retry_at)
+        return;
+    for (struct epoch *e = g->queue; e; e = e->next) {
+        if (e->ended && e->stream != g->stream)
+            return; /* from before a merge: its acknowledgement first */
+        if (!e->ended && !(g->capture && g->capture->aborted && g->capture->epoch == e))
+            epoch_send(g, e);
+        if (!e->ended)
+            return;
+    }
+}
+
+void group_drained(struct group *g)
+{
+    group_pump(g);
+    if (g->capture)
+        capture_resume(g->capture);
+}
+
+void group_received(struct group *g, uint64_t seq)
+{
+    for (struct epoch *e = g->queue; e; e = e->next)
+        if (e->seq == seq)
+            e->received = true;
+    g->last_ack = now_of(g);
+    settle(g);
+}
+
+static void pop_durable(struct group *g)
+{
+    struct epoch *e = g->queue;
+    g->queue = e->next;
+    for (size_t i = 0; i < e->ntouched; i++)
+        if (e->touched[i].number > e->touched[i].body->durable)
+            e->touched[i].body->durable = e->touched[i].number;
+    epoch_free(e);
+}
+
+void group_durable(struct group *g, uint64_t seq)
+{
+    while (g->queue && g->queue->seq <= seq && g->queue->closed)
+        pop_durable(g);
+    g->last_ack = now_of(g);
+    g->retry_ms = 0;
+    group_pump(g);
+    settle(g);
+    recover(g);
+    if (g->capture)
+        capture_resume(g->capture);
+    group_kick(g);
+}
+
+/* ---- when it goes wrong ---- */
+
+/* Nothing of the queue can be used: the remote is asked what it has, and all is compared. */
+static void resync(struct group *g)
+{
+    for (struct epoch **at = &g->queue; *at;) {
+        struct epoch *e = *at;
+        if (g->capture && g->capture->epoch == e) {
+            at = &e->next;
+            continue;
+        }
+        *at = e->next;
+        epoch_free(e);
+    }
+    for (struct waiter *w = g->waiters; w; w = w->next)
+        if (w->captured)
+            w->captured = w->assigned = false;
+    for (struct region *r = g->regions; r; r = r->next_group) {
+        if (!r->body || !region_takes_part(r))
+            continue;
+        r->body->unknown = r->body->refetch = true;
+        r->attach = r->attach == ATTACH_HASHING ? r->attach : ATTACH_LOOSE;
+    }
+    g->compare = false;
+    g->wanted = true;
+    if (g->capture)
+        capture_abort(g->capture);
+    if (g->link->state == LINK_UP)
+        group_link_up(g);
+}
+
+static void send_again(struct group *g)
+{
+    bool whole = true;
+    for (struct epoch *e = g->queue; e; e = e->next) {
+        whole &= e->kept;
+        e->begun = e->ended = e->received = false;
+        e->sent = 0;
+    }
+    if (!whole)
+        resync(g);
+}
+
+void group_link_lost(struct group *g, const char *why)
+{
+    (void)why;
+    for (struct region *r = g->regions; r; r = r->next_group)
+        if (r->attach != ATTACH_REFUSED && r->attach != ATTACH_FENCED)
+            r->attach = ATTACH_LOOSE;
+    g->compare = true;
+    send_again(g);
+}
+
+void group_link_up(struct group *g)
+{
+    for (struct region *r = g->regions; r; r = r->next_group)
+        if (r->attach == ATTACH_LOOSE && (r->body || r->held_before || r->doomed) &&
+            uv_now(g->link->local->loop) >= r->retry_at)
+            link_attach(r);
+    group_check(g);
+}
+
+/* The remote's epoch of a body, by lineage; 0 when it has none. */
+static uint64_t there_epoch(const struct group *g, const struct body *b)
+{
+    for (const struct region *r = g->regions; r; r = r->next_group)
+        if (r->there.status == FRAME_ATTACH_EXISTS && id_same(&r->there.lineage, &b->lineage))
+            return r->there.epoch;
+    return 0;
+}
+
+static bool committed(const struct group *g, const struct epoch *e)
+{
+    if (!e->closed || !e->ntouched)
+        return false;
+    uint64_t there = there_epoch(g, e->touched[0].body);
+    return e->touched[0].number ? there >= e->touched[0].number : !there;
+}
+
+static bool continues(const struct group *g)
+{
+    for (const struct region *r = g->regions; r; r = r->next_group) {
+        if (!r->body || !region_takes_part(r) || r->body->refetch || id_none(&r->body->lineage))
+            continue;
+        uint64_t next = there_epoch(g, r->body);
+        for (const struct epoch *e = g->queue; e; e = e->next)
+            for (size_t i = 0; i < e->ntouched; i++)
+                if (e->touched[i].body == r->body && e->touched[i].number && e->touched[i].number != ++next)
+                    return false;
+        if (next != r->body->epoch)
+            return false;
+    }
+    return true;
+}
+
+void group_check(struct group *g)
+{
+    if (g->link->state != LINK_UP)
+        return;
+    for (struct region *r = g->regions; r; r = r->next_group)
+        if (region_takes_part(r) && (r->attach == ATTACH_ASKED || (r->body && r->attach != ATTACH_DONE)))
+            return;
+    if (g->compare) {
+        g->compare = false;
+        while (g->queue && committed(g, g->queue))
+            pop_durable(g);
+        if (!continues(g)) {
+            log_info("%s: the remote's epochs do not continue ours: comparing by hashes", g->link->address);
+            resync(g);
+            return;
+        }
+        for (struct region *r = g->regions; r; r = r->next_group)
+            if (!r->body && r->there.status == FRAME_ATTACH_EXISTS && !id_none(&r->last) &&
+                id_same(&r->there.lineage, &r->last) && !g->queue) {
+                struct body *gone = body_new(-1, 0, (struct source){0, 0});
+                if (gone) {
+                    gone->lineage = r->last;
+                    group_op(g, FRAME_OP_UNLINK, r, NULL, gone);
+                    r->vacant = true;
+                    body_drop(gone);
+                }
+            }
+    }
+    group_pump(g);
+    settle(g);
+    recover(g);
+    if (g->capture)
+        capture_resume(g->capture);
+    group_kick(g);
+}
+
+static void again_later(struct group *g)
+{
+    g->retry_ms = !g->retry_ms ? RETRY_MS : g->retry_ms * 2 > RETRY_MAX_MS ? RETRY_MAX_MS : g->retry_ms * 2;
+    g->retry_at = now_of(g) + g->retry_ms;
+    conn_forget(g->link->conn, g->stream);
+    g->stream = ++g->link->next_stream;
+    for (struct region *r = g->regions; r; r = r->next_group)
+        if (region_takes_part(r) && r->attach == ATTACH_DONE) {
+            r->attach = ATTACH_LOOSE;
+            r->retry_at = g->retry_at;
+        }
+    g->compare = true;
+    g->wanted = true;
+    send_again(g);
+}
+
+/* An epoch was refused. All after it on the stream are, too: their answers, of a stream we gave up, find no epoch. */
+void group_failed(struct group *g, uint64_t seq, uint16_t code, const char *text)
+{
+    bool ours = false;
+    for (struct epoch *e = g->queue; e; e = e->next)
+        ours |= e->seq == seq && e->begun && e->stream == g->stream;
+    if (!ours)
+        return;
+    log_info("%s: epoch %llu refused: %s", g->link->address, (unsigned long long)seq, text);
+    if (code == FRAME_E_FENCED) {
+        for (struct region *r = g->regions; r; r = r->next_group)
+            if (r->body && region_takes_part(r)) {
+                r->attach = ATTACH_LOOSE; /* asking again tells who holds it now */
+                r->retry_at = 0;
+            }
+        again_later(g);
+        return;
+    }
+    again_later(g);
+    if (code != FRAME_E_LINEAGE)
+        group_degrade(g, "the remote cannot commit: %s", text);
+}
+
+/* ---- time ---- */
+
+static uint64_t interval_of(const struct group *g)
+{
+    uint64_t least = 0;
+    for (const struct region *r = g->regions; r; r = r->next_group)
+        if (r->body && r->body->uses && region_takes_part(r) && r->terms.interval_ms &&
+            (!least || r->terms.interval_ms < least))
+            least = r->terms.interval_ms;
+    return least;
+}
+
+static void time_over(struct group *g, uint64_t now)
+{
+    bool moving = g->link->state == LINK_UP && g->queue && !g->compare && g->queue->kept;
+    for (struct waiter **at = &g->waiters; *at;) {
+        struct waiter *w = *at;
+        uint64_t base = w->since;
+        if (moving && g->link->moved > base)
+            base = g->link->moved;
+        if (moving && g->last_ack > base)
+            base = g->last_ack;
+        if (w->timeout_ms == UINT64_MAX || now - base < w->timeout_ms || w->loss == CONTROL_LOSS_BLOCK) {
+            at = &w->next;
+            continue;
+        }
+        if (!g->degraded) {
+            double s = (double)w->timeout_ms / 1000;
+            if (g->link->state != LINK_UP)
+                group_degrade(g, "no link for %.3g s (%s)", s, g->link->reason[0] ? g->link->reason : "not connected");
+            else
+                group_degrade(g, "not acknowledged within %.3g s", s);
+            at = &g->waiters;
+            continue;
+        }
+        if (w->kind == WAIT_RETIRE && !w->scanned) {
+            at = &w->next; /* the scan is ours to do and short */
+            continue;
+        }
+        let_go(g, at);
+    }
+}
+
+void group_tick(struct group *g, uint64_t now)
+{
+    time_over(g, now);
+    if (g->link->state == LINK_UP && now >= g->retry_at)
+        for (struct region *r = g->regions; r; r = r->next_group)
+            if (((r->attach == ATTACH_LOOSE && (r->body || r->held_before || r->doomed)) ||
+                 (r->attach == ATTACH_REFUSED && r->retry_at)) &&
+                now >= r->retry_at)
+                link_attach(r);
+    uint64_t interval = interval_of(g);
+    if (interval && now - g->last_sync >= interval) {
+        g->last_sync = now;
+        g->wanted = true;
+    }
+    if (g->degraded && g->link->state == LINK_UP && now >= g->retry_at)
+        g->wanted = true;
+    if (!g->capture)
+        group_kick(g);
+}

@@ -1,0 +1,313 @@
+/* What the local agent knows, in one place. All of it belongs to the loop thread, but for what a capture's job borrows
+ * (capture.h).
+ *
+ *     program --< use >-- body --1 region >-- link (a remote)
+ *                                   |
+ *                                 group --< epoch
+ *
+ * - region: a name at a remote. Lives as long as the agent; has a body while a file has that name here.
+ * - body: one file's content under one lineage. A rename moves the body to another region; a new file at the path is a
+ * new body.
+ * - use: a program that has the body open or mapped for writing; its maps and marks are where changes are found.
+ * - group: regions whose changes are published together. Merges as programs share regions; never splits while it lives.
+ * - epoch: one capture, as the remote commits it; kept until it is durable there, as far as EPOCH_KEEP and GROUP_KEEP
+ * allow.
+ *
+ * A region's way to the remote (enum attach): LOOSE -> ASKED (ATTACH sent) -> [HASHING (the remote's hashes are
+ * fetched)] -> ATTACHED; a lost link makes it LOOSE; REFUSED and FENCED are left only by a person. Its body is
+ * `unknown` when its published hashes are right but what changed since is not known: the next capture compares all of
+ * it. That one mechanism serves first attach, reconnect without continuity, killed programs, lost agents. */
+#ifndef SYNC_MODEL_H
+#define SYNC_MODEL_H
+
+#include "agent/base/buf.h"
+#include "agent/base/id.h"
+#include "agent/net/conn.h"
+#include "agent/sync/record.h"
+#include "agent/track/track.h"
+#include "wire/control.h"
+#include "wire/frame.h"
+#include "wire/shared.h"
+
+#include <uv.h>
+
+#define EPOCH_KEEP                                                                                                     \
+    (64u                                                                                                               \
+     << 20) /* an epoch larger than this is streamed and not kept: after a lost link its regions are compared anew */
+#define GROUP_KEEP (256u << 20) /* bytes of epochs that wait for a remote; beyond, dirty pages stay where they are */
+
+struct local {
+    uv_loop_t *loop;
+    uv_poll_t listener;
+    uv_timer_t tick;
+    int listen_fd, lock_fd;
+    unsigned handles_open; /* of the loop, ours, to wait for when closing */
+    bool linger, stopping;
+    int phase; /* of stopping */
+    uint64_t idle_since, stop_by;
+    char *socket_path;
+    char host[256];
+    struct id identity;
+    struct records records;
+    struct program *programs;
+    struct link *links;
+    void (*stopped)(void *);
+    void *stopped_arg;
+};
+
+enum link_state { LINK_DOWN, LINK_DIALLING, LINK_UP };
+
+/* A remote. file: URLs are served by a server of our own over a socket pair. */
+struct link {
+    struct link *next;
+    struct local *local;
+    char *address;
+    enum link_state state;
+    struct conn *conn;
+    struct store *store; /* for file: */
+    struct server *server;
+    uint64_t retry_at, down_since; /* uv_now */
+    uint32_t backoff_ms;
+    char reason[512]; /* why it is down */
+    char peer_host[256];
+    uint32_t next_handle, next_stream, next_request;
+    uint64_t next_seq;
+    uint64_t bytes_out, bytes_in; /* of connections before this one */
+    uint64_t moved, moved_bytes;  /* when bytes last moved, and how many had */
+    struct region *regions;
+    struct group *groups;
+    struct fetch *fetches;
+    bool stopping, stopping_server;
+    bool broken; /* can never work (bad URL, not built): reason says why */
+};
+
+enum attach { ATTACH_LOOSE, ATTACH_ASKED, ATTACH_HASHING, ATTACH_DONE, ATTACH_REFUSED, ATTACH_FENCED };
+
+struct region {
+    struct region *next;       /* of the link */
+    struct region *next_group; /* of the group */
+    struct link *link;
+    struct group *group;
+    char *name, *path;
+    uint32_t handle;
+    enum attach attach;
+    bool held_before; /* attached once: a holder of the lease that is not us has fenced us out */
+    bool vacant;      /* the remote has nothing of this name, or will have when the queue is through */
+    bool doomed;      /* unlinked here before it was attached: goes at the remote too, if it is ours */
+    struct source doomed_source;
+    bool replace;   /* the name was taken over by a new file in our sight: the remote's old content may go */
+    struct id last; /* lineage of the body that was unlinked here */
+    uint64_t fence, retry_at;
+    struct frame_attached there; /* what the remote said last */
+    struct control_terms terms;
+    struct body *body;
+    char reason[640];
+    int64_t since; /* of the reason, seconds since 1970 */
+};
+
+struct body {
+    unsigned refs;
+    struct region *region; /* NULL when unlinked */
+    struct use *uses;
+    int fd; /* our own open file: its offset is nobody else's */
+    uint64_t dev;
+    struct source source;
+    struct id lineage; /* none until the remote was asked */
+    uint64_t epoch;    /* number of the last epoch captured */
+    uint64_t durable;  /* and of the last one committed there */
+    bool created;      /* the remote has it, or an epoch in the queue makes it */
+    bool moved;        /* renamed since the last capture: its number goes up with the name */
+    bool unknown, refetch,
+        killed; /* refetch: the published hashes are not right any more. killed: a program died with stores unseen */
+    uint64_t size, min_size; /* size: as last captured. min_size: lowest since */
+    struct extents dirty;
+    struct hashes published;
+    int64_t stat_mtime, stat_ctime, stat_seen; /* ns; of the last look at a file found by hashing */
+    const char *tracker;
+};
+
+struct use {
+    struct use *next_program, *next_body;
+    struct program *program;
+    struct body *body;
+    uint32_t number;
+    uint8_t hashed;
+    bool left; /* its program said goodbye, and its maps were looked at after */
+    struct marks *marks;
+    struct track_map *maps;
+    size_t nmaps, maps_cap;
+};
+
+enum waiter_kind { WAIT_SYNC, WAIT_RETIRE, WAIT_BYE, WAIT_TOOL };
+
+/* A slot to be answered once all that was asked for it is done. */
+struct answer {
+    unsigned refs;
+    struct program *program; /* held; NULL for none */
+    uint32_t slot;
+    int result;
+};
+
+/* Somebody who waits: for a capture that begins after now, then for its acknowledgement. */
+struct waiter {
+    struct waiter *next;
+    enum waiter_kind kind;
+    struct answer *answer; /* NULL: nobody any more */
+    uint8_t ack, loss;
+    uint64_t timeout_ms;
+    bool scan_only; /* content need not be published before it is answered (mremap) */
+    bool assigned, scanned, captured;
+    uint64_t seq, since;
+    uint64_t addr, len; /* RETIRE */
+};
+
+struct program {
+    struct program *next;
+    struct local *local;
+    struct link *link;
+    struct group *group; /* of its regions without group= */
+    int fd, pagemap, uffd;
+    uv_poll_t poll;
+    bool polling, tool, greeted, bye, gone;
+    unsigned holds;
+    uint32_t pid;
+    char name[256];
+    uint8_t loss;
+    uint64_t timeout_ms;
+    struct shared *shared;
+    struct use *uses, *dead_uses; /* dead: freed when nobody holds the program */
+    struct naming *namings;       /* renames and unlinks begun */
+    bool watch;                   /* stands for `memsync watch`: no socket */
+};
+
+struct item {
+    uint8_t type;
+    struct buf *payload; /* NULL once sent and not kept */
+};
+
+struct touched {
+    struct region *region;
+    struct body *body; /* held */
+    uint64_t number;
+};
+
+struct epoch {
+    struct epoch *next;
+    uint64_t seq;
+    uint32_t stream; /* it was sent on */
+    struct item *items;
+    size_t count, cap, sent;
+    uint64_t bytes;
+    bool begun, closed, ended, kept,
+        received; /* BEGIN sent; all captured; END sent; all items still here; RECEIVED came */
+    struct touched *touched;
+    size_t ntouched, touched_cap;
+    uint64_t captured_at;
+};
+
+struct op {
+    struct op *next;
+    uint8_t kind;
+    struct region *region, *to;
+    struct body *body; /* held */
+};
+
+struct group {
+    struct group *next; /* of the link */
+    struct group *merging;
+    struct link *link;
+    struct region *regions;
+    char *name; /* of group=, or NULL */
+    uint32_t stream;
+    struct capture *capture; /* the one under way */
+    struct epoch *queue;     /* oldest first; the last may be open */
+    bool compare;            /* the link was lost: what of the queue was committed is to be found out */
+    struct op *ops;
+    struct waiter *waiters;
+    bool wanted;   /* a capture without a waiter is due */
+    bool tainted;  /* a sync point was let go while content was read: look once more before the commit */
+    bool degraded; /* sync points are not held */
+    bool said;     /* the line about it went out */
+    uint64_t degraded_since, last_sync, retry_at, last_ack;
+    uint32_t retry_ms;
+    char reason[640];
+    unsigned programs;
+};
+
+/* local.c */
+void program_notice(struct program *p, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void group_notice(struct group *g, const char *format, ...)
+    __attribute__((format(printf, 2, 3))); /* to each of its programs once */
+void region_notice(struct region *r, const char *format, ...) __attribute__((format(printf, 2, 3)));
+struct answer *answer_new(struct program *p, uint32_t slot); /* one reference */
+void answer_drop(struct answer *a, int result); /* the last one answers; the first result that is not 0 counts */
+void program_hold(struct program *p);
+void program_drop(struct program *p);
+void program_check(struct program *p); /* its memory map may be gone: if so, look at it no more */
+bool local_all_acknowledged(const struct local *l);
+
+void local_kick_linger(struct local *l);
+struct use *use_add(struct program *p, struct body *b, uint32_t number, uint8_t hashed);
+void program_join(struct program *p, struct region *r, const char *group); /* p and r are of one group from now on */
+int own_open(
+    int fd,
+    const char *path); /* a descriptor of our own for reading, from a passed one (or -1) or the path; negative errno */
+void program_send_text(struct program *p, uint8_t type, int code, const char *text);
+
+/* naming.c */
+struct naming {
+    struct naming *next;
+    struct control_name m;
+};
+void naming_take(struct program *p, const struct control_name *m);
+void naming_after_death(struct program *p);
+
+/* region.c */
+struct link *link_find(struct local *l, const char *address);
+struct region *region_find(struct link *k, const char *name);
+struct region *region_get(struct link *k, const char *name, const char *path);
+struct body *body_new(int fd, uint64_t dev, struct source source);
+void body_hold(struct body *b);
+void body_drop(struct body *b);
+void use_retire(struct use *u, uint64_t addr, uint64_t len); /* forgets the range, splitting maps */
+void region_reserve(struct region *r);                       /* writes down how far its epochs may go */
+void region_give_body(struct region *r, struct body *b);
+void region_create(struct region *r); /* its body comes to be at the remote under a new lineage */
+void region_reason(struct region *r, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void region_attached(struct region *r, const struct frame_attached *a);
+bool region_takes_part(const struct region *r); /* neither refused nor fenced */
+const char *region_state(const struct region *r);
+
+/* link.c */
+void link_tick(struct link *k, uint64_t now);
+void link_attach(struct region *r);
+void link_fetch(struct region *r);
+void link_stop(struct link *k);
+
+/* group.c */
+struct group *group_of(struct link *k, const char *name);
+void group_add(struct group *g, struct region *r);
+struct group *group_merge(struct group *a, struct group *b);
+void group_kick(struct group *g);
+void group_tick(struct group *g, uint64_t now);
+void group_link_up(struct group *g);
+void group_check(struct group *g); /* a region's way to the remote has gone a step */
+uint64_t group_queue_bytes(const struct group *g);
+void group_link_lost(struct group *g, const char *why);
+void group_received(struct group *g, uint64_t seq);
+void group_durable(struct group *g, uint64_t seq);
+void group_failed(struct group *g, uint64_t seq, uint16_t code, const char *text);
+void group_drained(struct group *g);
+void group_op(struct group *g, uint8_t kind, struct region *region, struct region *to, struct body *body);
+void group_degrade(struct group *g, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void group_forget_program(struct group *g, const struct program *p);
+void waiter_new(struct group *g, enum waiter_kind kind, struct answer *a, const struct program *p, uint8_t ack,
+                uint64_t addr, uint64_t len, bool scan_only);
+void group_free(struct group *g); /* at the very end */
+void group_captured(struct group *g);
+void group_pump(struct group *g);
+
+/* status.c: a JSON text, malloc'ed */
+char *status_json(struct local *l);
+
+#endif

@@ -1,0 +1,114 @@
+/* What `memsync status` shows, as one JSON object. */
+#include "agent/sync/model.h"
+#include "agent/base/version.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+static void text(FILE *f, const char *s)
+{
+    fputc('"', f);
+    for (; *s; s++) {
+        unsigned char c = (unsigned char)*s;
+        if (c == '"' || c == '\\')
+            fprintf(f, "\\%c", c);
+        else if (c < 0x20)
+            fprintf(f, "\\u%04x", c);
+        else
+            fputc(c, f);
+    }
+    fputc('"', f);
+}
+
+static void field(FILE *f, const char *name, const char *value)
+{
+    fprintf(f, "\"%s\":", name);
+    text(f, value);
+    fputc(',', f);
+}
+
+static void lag(FILE *f, const struct local *l, const struct region *r)
+{
+    const struct group *g = r->group;
+    uint64_t epochs = 0, bytes = extents_bytes(&r->body->dirty), since = 0;
+    for (const struct epoch *e = g->queue; e; e = e->next)
+        for (size_t i = 0; i < e->ntouched; i++)
+            if (e->touched[i].body == r->body) {
+                epochs++;
+                bytes += e->bytes;
+                since = since ? since : e->captured_at;
+            }
+    if (g->degraded)
+        since = g->degraded_since;
+    fprintf(f, "\"lag_epochs\":%llu,\"lag_bytes\":%llu,\"lag_seconds\":%.3f,", (unsigned long long)epochs,
+            (unsigned long long)bytes, since ? (double)(uv_now(l->loop) - since) / 1000 : 0.0);
+}
+
+static void region(FILE *f, const struct local *l, const struct region *r)
+{
+    char lineage[ID_TEXT];
+    unsigned programs = 0;
+    const struct body *b = r->body;
+    for (const struct use *u = b->uses; u; u = u->next_body)
+        programs++;
+    id_text(&b->lineage, lineage);
+    fputc('{', f);
+    field(f, "name", r->name);
+    field(f, "path", r->path);
+    field(f, "remote", r->link->address);
+    field(f, "group", r->group->name ? r->group->name : "");
+    field(f, "state", region_state(r));
+    field(f, "lineage", lineage);
+    field(f, "tracker", b->tracker);
+    field(f, "reason", r->reason[0] ? r->reason : r->group->reason);
+    lag(f, l, r);
+    fprintf(f, "\"epoch\":%llu,\"remote_epoch\":%llu,\"size\":%llu,\"programs\":%u,\"since\":%lld}",
+            (unsigned long long)b->epoch, (unsigned long long)b->durable, (unsigned long long)b->size, programs,
+            (long long)r->since);
+}
+
+char *status_json(struct local *l)
+{
+    char *out = NULL, id[ID_TEXT];
+    size_t len;
+    bool comma = false;
+    FILE *f = open_memstream(&out, &len);
+    if (!f)
+        return NULL;
+    id_text(&l->identity, id);
+    fprintf(f, "{\"version\":\"%s\",\"pid\":%d,\"identity\":\"%s\",\"regions\":[", MEMSYNC_VERSION, (int)getpid(), id);
+    for (const struct link *k = l->links; k; k = k->next)
+        for (const struct region *r = k->regions; r; r = r->next)
+            if (r->body && r->group) {
+                fputs(comma ? "," : "", f);
+                region(f, l, r);
+                comma = true;
+            }
+    fputs("],\"programs\":[", f);
+    comma = false;
+    for (const struct program *p = l->programs; p; p = p->next)
+        if (!p->tool && !p->gone) {
+            fprintf(f, "%s{\"pid\":%u,\"name\":", comma ? "," : "", p->pid);
+            text(f, p->name);
+            fputc('}', f);
+            comma = true;
+        }
+    fputs("],\"remotes\":[", f);
+    for (const struct link *k = l->links; k; k = k->next) {
+        static const char *const states[] = {"down", "connecting", "up"};
+        fputs(k == l->links ? "{" : ",{", f);
+        field(f, "address", k->address);
+        field(f, "state", states[k->state]);
+        field(f, "reason", k->reason);
+        fprintf(f, "\"bytes_out\":%llu,\"bytes_in\":%llu}",
+                (unsigned long long)(k->bytes_out + (k->conn ? conn_bytes_out(k->conn) : 0)),
+                (unsigned long long)(k->bytes_in + (k->conn ? conn_bytes_in(k->conn) : 0)));
+    }
+    fputs("]}", f);
+    if (fclose(f)) {
+        free(out);
+        return NULL;
+    }
+    return out;
+}

@@ -1,0 +1,62 @@
+/* Tracking by content: everything may have changed, and the capture's reading tells by the published hashes. Sees every
+ * writer; reads the whole region. */
+#include "agent/track/track.h"
+
+#include <errno.h>
+#include <unistd.h>
+
+/* Pages of [start, end) that were published as anything but zeros, although the file has a hole there now. */
+static void hole(const struct track_file *file, uint64_t start, uint64_t end, struct extents *out)
+{
+    const struct hashes *h = file->published;
+    for (uint64_t p = start / PAGE; p < h->pages && p * PAGE < end; p++)
+        if (!page_hash_same(h->at[p], (struct page_hash){0, 0}))
+            extents_add(out, p * PAGE, (p + 1) * PAGE);
+}
+
+static int data_within(const struct track_file *file, uint64_t start, uint64_t end, struct extents *out)
+{
+    if (end > file->size)
+        end = file->size;
+    while (start < end) {
+        off_t data = lseek(file->fd, (off_t)start, SEEK_DATA);
+        if (data < 0 && errno != ENXIO) {
+            extents_add(out, start, end); /* a file system without SEEK_DATA: all of it is data */
+            return 0;
+        }
+        uint64_t from = data < 0 || (uint64_t)data > end ? end : (uint64_t)data;
+        hole(file, start, from, out);
+        if (from == end)
+            return 0;
+        off_t past = lseek(file->fd, (off_t)from, SEEK_HOLE);
+        uint64_t to = past < 0 || (uint64_t)past > end ? end : (uint64_t)past;
+        extents_add(out, from, to);
+        start = to;
+    }
+    return 0;
+}
+
+int track_everything(const struct track_file *file, struct extents *out)
+{
+    return data_within(file, 0, file->size, out);
+}
+
+static int hash_arm(const struct track_map *map)
+{
+    (void)map;
+    return 0;
+}
+
+static int hash_collect(const struct track_map *map, const struct track_file *file, struct extents *out)
+{
+    return data_within(file, map->offset, map->offset + map->len, out);
+}
+
+const struct track_ops track_hash = {.name = "hash", .arm = hash_arm, .collect = hash_collect, .reads_all = true};
+
+int track_collect(const struct track_map *map, const struct track_file *file, struct extents *out)
+{
+    if (!map->len || map->addr % PAGE || map->offset % PAGE)
+        return -EINVAL;
+    return map->ops->collect(map, file, out);
+}
