@@ -29,7 +29,7 @@ struct shared {
     uint32_t version;
     uint32_t notices;  /* NOTICE messages the agent has sent over the socket: when it moved, there is one to read and print */
     uint32_t calls;    /* writing calls under way (between begin and end marks), over all threads */
-    uint32_t unused;
+    uint32_t beats;    /* the agent adds one at least every second while it lives: the shim's own limit for a stuck agent counts from the last */
     struct shared_slot slots[SHARED_SLOTS];
 };
 

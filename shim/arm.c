@@ -1,0 +1,110 @@
+/* Arming: userfaultfd in its asynchronous write-protect mode, one descriptor a process. Nobody reads it: the kernel
+ * itself lifts the protection at the first store and leaves the page-table bit that the agent's scan collects. The
+ * descriptor is kept open because closing the last one unregisters. */
+#include "shim/shim.h"
+
+#include "agent/track/kernel.h"
+
+#define WANTED (KERNEL_UFFD_WP | KERNEL_UFFD_WP_FILE | KERNEL_UFFD_WP_UNPOPULATED | KERNEL_UFFD_WP_ASYNC)
+
+int arm_kept = -1;
+static bool tried;
+static char reason[192];
+
+static int open_any(void)
+{
+    int dev = raw_openat(AT_FDCWD, "/dev/userfaultfd", O_RDWR | O_CLOEXEC, 0);
+    if (dev >= 0) {
+        int fd = (int)syscall(SYS_ioctl, dev, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+        raw_close(dev);
+        if (fd >= 0)
+            return fd;
+    }
+    int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+    return fd < 0 ? -errno : fd;
+}
+
+/* Opens one with the features asked for; *has gets the kernel's mask. */
+static int open_with(uint64_t features, uint64_t *has)
+{
+    int fd = open_any();
+    if (fd < 0)
+        return fd;
+    struct uffdio_api api = {.api = UFFD_API, .features = features};
+    if (syscall(SYS_ioctl, fd, UFFDIO_API, &api)) {
+        int e = errno;
+        raw_close(fd);
+        return -e;
+    }
+    *has = api.features;
+    return fd;
+}
+
+static void open_once(void)
+{
+    uint64_t has = 0;
+    tried = true;
+    int fd = open_with(0, &has);
+    if (fd < 0) {
+        say_format(
+            reason, sizeof reason,
+            "userfaultfd cannot be opened (%e); allow it in the container's seccomp profile, or use strategy hash", fd);
+        return;
+    }
+    raw_close(fd);
+    if ((has & WANTED) != WANTED) {
+        say_format(reason, sizeof reason,
+                   "this kernel's userfaultfd has no asynchronous write protection (Linux 6.7 or later has); use "
+                   "strategy hash");
+        return;
+    }
+    fd = open_with(WANTED, &has);
+    if (fd < 0 || (has & WANTED) != WANTED) {
+        say_format(reason, sizeof reason, "userfaultfd refused its features (%e)", fd);
+        if (fd >= 0)
+            raw_close(fd);
+        return;
+    }
+    arm_kept = own_keep(fd);
+}
+
+const char *arm_reason(void)
+{
+    return reason;
+}
+
+int arm_range(uint64_t addr, uint64_t len)
+{
+    if (!tried) {
+        open_once();
+        if (arm_kept >= 0)
+            client_uffd(arm_kept);
+    }
+    if (arm_kept < 0)
+        return -ENOTSUP;
+    struct uffdio_register r = {.range = {.start = addr, .len = len}, .mode = UFFDIO_REGISTER_MODE_WP};
+    if (syscall(SYS_ioctl, arm_kept, UFFDIO_REGISTER, &r)) {
+        int e = errno;
+        say_format(reason, sizeof reason, "the kernel did not register the mapping (%e)", e);
+        return -e;
+    }
+    struct uffdio_writeprotect w = {.range = {.start = addr, .len = len}, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
+    while (syscall(SYS_ioctl, arm_kept, UFFDIO_WRITEPROTECT, &w)) {
+        int e = errno;
+        if (e == EAGAIN)
+            continue;
+        say_format(reason, sizeof reason, "the kernel did not write-protect the mapping (%e)", e);
+        return -e;
+    }
+    return 0;
+}
+
+void arm_fork_child(void)
+{
+    if (arm_kept >= 0)
+        raw_close(arm_kept);
+    arm_kept = -1;
+    tried = false;
+}

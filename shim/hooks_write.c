@@ -1,0 +1,374 @@
+/* Calls that change a tracked file. The pages are marked before the raw call and after it, with `calls` raised in
+ * between (wire/shared.h says why both). Where a call appends, its place is known only afterwards: from the size before
+ * to the size after. */
+#include "shim/real.h"
+
+#include <linux/falloc.h>
+#include <linux/fs.h>
+#include <pthread.h>
+#include <sys/ioctl.h>
+
+#define HERE (-1) /* at the file position */
+
+struct writing {
+    int fd, flags;
+    uint32_t region; /* 0: not tracked */
+    uint64_t from, len;
+    bool here, append;
+    struct shared *shared;
+};
+
+static uint32_t tracked(int fd)
+{
+    if (!shim_active())
+        return 0;
+    uint32_t entry = files_entry(fd);
+    if (entry == FD_UNKNOWN) {
+        int saved = errno;
+        entry = files_resolve(fd);
+        errno = saved;
+    }
+    return files_tracked(entry) && shim_mine() ? files_number(entry) : 0;
+}
+
+static uint64_t size_of(int fd)
+{
+    struct stat st;
+    return fstat(fd, &st) ? 0 : (uint64_t)st.st_size;
+}
+
+static void calls_add(struct shared *s, uint32_t n)
+{
+    if (s)
+        __atomic_add_fetch(&s->calls, n, __ATOMIC_SEQ_CST);
+}
+
+static void enter(struct writing *w, int fd, uint32_t region)
+{
+    w->fd = fd;
+    w->region = region;
+    w->shared = client_shared();
+    calls_add(w->shared, 1);
+}
+
+static void leave(struct writing *w)
+{
+    calls_add(w->shared, (uint32_t)-1);
+}
+
+/* at: an offset, or HERE. */
+static bool begin(struct writing *w, int fd, off_t at, uint64_t len)
+{
+    *w = (struct writing){0};
+    uint32_t region = tracked(fd);
+    if (!region)
+        return false;
+    int saved = errno;
+    files_mark(region, 0, 0); /* the memory, and with it the connection */
+    enter(w, fd, region);
+    w->flags = raw_fcntl(fd, F_GETFL, 0);
+    w->append = w->flags & O_APPEND;
+    w->here = at == HERE && !w->append;
+    if (w->append)
+        w->from = size_of(fd);
+    else
+        w->from = at == HERE ? (uint64_t)lseek(fd, 0, SEEK_CUR) : (uint64_t)at;
+    w->len = len;
+    if ((int64_t)w->from < 0)
+        w->from = 0;
+    files_mark(region, w->from, len);
+    errno = saved;
+    return true;
+}
+
+/* Marks again and makes the sync point that O_SYNC and its like ask for. */
+static void end(struct writing *w, ssize_t done, bool durable)
+{
+    int saved = errno;
+    uint64_t from = w->from, upto = w->from + w->len;
+    if (w->append) {
+        uint64_t size = size_of(w->fd);
+        upto = size > upto ? size : upto;
+    } else if (w->here && done > 0) {
+        /* Threads that share the position may have written before or after us. */
+        uint64_t now = (uint64_t)lseek(w->fd, 0, SEEK_CUR);
+        if ((int64_t)now >= done) {
+            from = now - (uint64_t)done < from ? now - (uint64_t)done : from;
+            upto = now > upto ? now : upto;
+        }
+    }
+    files_mark(w->region, from, upto - from);
+    leave(w);
+    if (done > 0 && (durable || (w->flags & (O_SYNC | O_DSYNC))))
+        sync_now(w->region);
+    errno = saved;
+}
+
+/* A cancelled thread leaves as if the call had failed: marked, and not counted any more. */
+static void cancelled(void *arg)
+{
+    struct writing *w = arg;
+    files_mark(w->region, w->from, w->len);
+    leave(w);
+}
+
+#define WRITING(fd, at, len, durable, call)                                                                            \
+    do {                                                                                                               \
+        struct writing w_;                                                                                             \
+        if (!begin(&w_, fd, at, len))                                                                                  \
+            return call;                                                                                               \
+        ssize_t done_;                                                                                                 \
+        pthread_cleanup_push(cancelled, &w_);                                                                          \
+        done_ = call;                                                                                                  \
+        pthread_cleanup_pop(0);                                                                                        \
+        end(&w_, done_, durable);                                                                                      \
+        return done_;                                                                                                  \
+    } while (0)
+
+static uint64_t total(const struct iovec *iov, int n)
+{
+    uint64_t sum = 0;
+    for (int i = 0; i < n && i < 1024; i++)
+        sum += iov[i].iov_len;
+    return sum;
+}
+
+SHIM_EXPORT ssize_t write(int fd, const void *from, size_t len)
+{
+    WRITING(fd, HERE, len, false, real.write ? real.write(fd, from, len) : syscall(SYS_write, fd, from, len));
+}
+
+SHIM_EXPORT ssize_t pwrite(int fd, const void *from, size_t len, off_t at)
+{
+    WRITING(fd, at, len, false,
+            real.pwrite ? real.pwrite(fd, from, len, at) : syscall(SYS_pwrite64, fd, from, len, at));
+}
+
+SHIM_EXPORT ssize_t pwrite64(int fd, const void *from, size_t len, off64_t at)
+{
+    WRITING(fd, at, len, false,
+            real.pwrite64 ? real.pwrite64(fd, from, len, at) : syscall(SYS_pwrite64, fd, from, len, at));
+}
+
+SHIM_EXPORT ssize_t writev(int fd, const struct iovec *iov, int n)
+{
+    if (!tracked(fd))
+        return real.writev ? real.writev(fd, iov, n) : syscall(SYS_writev, fd, iov, n);
+    WRITING(fd, HERE, total(iov, n), false, real.writev(fd, iov, n));
+}
+
+SHIM_EXPORT ssize_t pwritev(int fd, const struct iovec *iov, int n, off_t at)
+{
+    if (!tracked(fd))
+        return real.pwritev ? real.pwritev(fd, iov, n, at) : syscall(SYS_pwritev, fd, iov, n, at, 0);
+    WRITING(fd, at, total(iov, n), false, real.pwritev(fd, iov, n, at));
+}
+
+SHIM_EXPORT ssize_t pwritev64(int fd, const struct iovec *iov, int n, off64_t at)
+{
+    if (!tracked(fd))
+        return real.pwritev64 ? real.pwritev64(fd, iov, n, at) : syscall(SYS_pwritev, fd, iov, n, at, 0);
+    WRITING(fd, at, total(iov, n), false, real.pwritev64(fd, iov, n, at));
+}
+
+SHIM_EXPORT ssize_t pwritev2(int fd, const struct iovec *iov, int n, off_t at, int flags)
+{
+    if (!tracked(fd))
+        return real.pwritev2 ? real.pwritev2(fd, iov, n, at, flags) : syscall(SYS_pwritev2, fd, iov, n, at, 0, flags);
+    WRITING(fd, at, total(iov, n), flags & (RWF_SYNC | RWF_DSYNC), real.pwritev2(fd, iov, n, at, flags));
+}
+
+SHIM_EXPORT ssize_t pwritev64v2(int fd, const struct iovec *iov, int n, off64_t at, int flags)
+{
+    if (!tracked(fd))
+        return real.pwritev64v2 ? real.pwritev64v2(fd, iov, n, at, flags)
+                                : syscall(SYS_pwritev2, fd, iov, n, at, 0, flags);
+    WRITING(fd, at, total(iov, n), flags & (RWF_SYNC | RWF_DSYNC), real.pwritev64v2(fd, iov, n, at, flags));
+}
+
+SHIM_EXPORT ssize_t sendfile(int to, int from, off_t *at, size_t len)
+{
+    WRITING(to, HERE, len, false, syscall(SYS_sendfile, to, from, at, len));
+}
+
+SHIM_EXPORT ssize_t sendfile64(int to, int from, off64_t *at, size_t len)
+{
+    WRITING(to, HERE, len, false, syscall(SYS_sendfile, to, from, at, len));
+}
+
+SHIM_EXPORT ssize_t splice(int from, off64_t *from_at, int to, off64_t *to_at, size_t len, unsigned flags)
+{
+    WRITING(to, to_at ? *to_at : HERE, len, false,
+            real.splice ? real.splice(from, from_at, to, to_at, len, flags)
+                        : syscall(SYS_splice, from, from_at, to, to_at, len, flags));
+}
+
+SHIM_EXPORT ssize_t copy_file_range(int from, off64_t *from_at, int to, off64_t *to_at, size_t len, unsigned flags)
+{
+    WRITING(to, to_at ? *to_at : HERE, len, false, syscall(SYS_copy_file_range, from, from_at, to, to_at, len, flags));
+}
+
+/* ---- sizes */
+
+/* Lower sizes are noted before and after the call, so that what stood beyond is dropped whenever the agent looks;
+ * higher ones make the region dirty. */
+static void mark_size(uint32_t region, uint64_t before, uint64_t size)
+{
+    if (size < before)
+        files_mark_size(region, size);
+    else if (size > before)
+        files_mark(region, size - 1, 1);
+}
+
+static int truncate_fd(int fd, off_t size)
+{
+    uint32_t region = size >= 0 ? tracked(fd) : 0;
+    if (!region)
+        return (int)syscall(SYS_ftruncate, fd, size);
+    struct writing w = {0};
+    int saved = errno;
+    files_mark(region, 0, 0);
+    enter(&w, fd, region);
+    uint64_t before = size_of(fd);
+    mark_size(region, before, (uint64_t)size);
+    errno = saved;
+    int rc = (int)syscall(SYS_ftruncate, fd, size);
+    saved = errno;
+    mark_size(region, before, (uint64_t)size);
+    leave(&w);
+    errno = saved;
+    return rc;
+}
+
+SHIM_EXPORT int ftruncate(int fd, off_t size)
+{
+    return truncate_fd(fd, size);
+}
+
+SHIM_EXPORT int ftruncate64(int fd, off64_t size)
+{
+    return truncate_fd(fd, size);
+}
+
+/* A descriptor that the process has open for writing on the file at path, or -1. */
+static int descriptor_at(const char *path)
+{
+    struct statx st;
+    if (statx(AT_FDCWD, path, 0, STATX_BASIC_STATS | STATX_BTIME, &st))
+        return -1;
+    uint32_t region = files_lookup_stat(&st);
+    struct held h = shim_lock();
+    int fd = region ? files_descriptor(region) : -1;
+    shim_unlock(&h);
+    return fd;
+}
+
+/* By path: through a descriptor of the process when it has one, else through one opened for it, so that the change is a
+ * region's like any other. */
+static int truncate_path(const char *path, off_t size)
+{
+    struct stat st;
+    if (!shim_active() || size < 0 || !shim_mine() || stat(path, &st) || !S_ISREG(st.st_mode) || !names_matched(path))
+        return (int)syscall(SYS_truncate, path, size);
+    int had = descriptor_at(path);
+    if (had >= 0)
+        return truncate_fd(had, size);
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    if (fd < 0)
+        return (int)syscall(SYS_truncate, path, size);
+    int rc = truncate_fd(fd, size), saved = errno;
+    close(fd);
+    errno = saved;
+    return rc;
+}
+
+SHIM_EXPORT int truncate(const char *path, off_t size)
+{
+    return truncate_path(path, size);
+}
+
+SHIM_EXPORT int truncate64(const char *path, off64_t size)
+{
+    return truncate_path(path, size);
+}
+
+static void mark_allocation(uint32_t region, int mode, off_t at, off_t len, uint64_t before, uint64_t now)
+{
+    if (mode & (FALLOC_FL_COLLAPSE_RANGE | FALLOC_FL_INSERT_RANGE)) {
+        files_mark_all(region);
+        files_mark_size(region, (uint64_t)at);
+    } else if (mode & ~FALLOC_FL_KEEP_SIZE) {
+        files_mark(region, (uint64_t)at, (uint64_t)len);
+    }
+    mark_size(region, before, now);
+}
+
+static int allocate(int fd, int mode, off_t at, off_t len)
+{
+    uint32_t region = at >= 0 && len > 0 ? tracked(fd) : 0;
+    if (!region)
+        return real.fallocate ? real.fallocate(fd, mode, at, len) : (int)syscall(SYS_fallocate, fd, mode, at, len);
+    struct writing w = {0};
+    int saved = errno;
+    files_mark(region, 0, 0);
+    enter(&w, fd, region);
+    uint64_t before = size_of(fd);
+    mark_allocation(region, mode, at, len, before, before);
+    errno = saved;
+    int rc = (int)syscall(SYS_fallocate, fd, mode, at, len);
+    saved = errno;
+    mark_allocation(region, mode, at, len, before, size_of(fd));
+    leave(&w);
+    errno = saved;
+    return rc;
+}
+
+SHIM_EXPORT int fallocate(int fd, int mode, off_t at, off_t len)
+{
+    return allocate(fd, mode, at, len);
+}
+
+SHIM_EXPORT int fallocate64(int fd, int mode, off64_t at, off64_t len)
+{
+    return allocate(fd, mode, at, len);
+}
+
+/* It changes no byte but may make the file longer. */
+static int reserve(int fd, off_t at, off_t len, __typeof__(&posix_fallocate) call)
+{
+    uint32_t region = tracked(fd);
+    uint64_t before = region ? size_of(fd) : 0;
+    int rc = call ? call(fd, at, len) : syscall(SYS_fallocate, fd, 0, at, len) ? errno : 0;
+    if (region)
+        mark_size(region, before, size_of(fd));
+    return rc;
+}
+
+SHIM_EXPORT int posix_fallocate(int fd, off_t at, off_t len)
+{
+    return reserve(fd, at, len, real.posix_fallocate);
+}
+
+SHIM_EXPORT int posix_fallocate64(int fd, off64_t at, off64_t len)
+{
+    return reserve(fd, at, len, real.posix_fallocate64);
+}
+
+/* Clones put another file's blocks into this one. */
+SHIM_EXPORT int ioctl(int fd, unsigned long request, ...)
+{
+    va_list args;
+    va_start(args, request);
+    void *arg = va_arg(args, void *);
+    va_end(args);
+    uint32_t region = request == FICLONE || request == FICLONERANGE ? tracked(fd) : 0;
+    if (region)
+        files_mark_all(region);
+    int rc = (int)syscall(SYS_ioctl, fd, request, arg);
+    if (region) {
+        int saved = errno;
+        files_mark_all(region);
+        errno = saved;
+    }
+    return rc;
+}

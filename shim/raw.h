@@ -1,0 +1,79 @@
+/* System calls and the lock that hooked paths may use: no malloc, no stdio, no symbol that this library itself exports.
+ *
+ * syscall(2) keeps libc's convention (-1 and errno), so a raw call can stand for the libc function it replaces. */
+#ifndef SHIM_RAW_H
+#define SHIM_RAW_H
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+static inline void *raw_mmap(void *at, size_t len, int prot, int flags, int fd, off_t offset)
+{
+    return (void *)syscall(SYS_mmap, at, len, prot, flags, fd, offset);
+}
+
+static inline int raw_munmap(void *at, size_t len)
+{
+    return (int)syscall(SYS_munmap, at, len);
+}
+
+static inline int raw_close(int fd)
+{
+    return (int)syscall(SYS_close, fd);
+}
+
+static inline int raw_fcntl(int fd, int command, long arg)
+{
+    return (int)syscall(SYS_fcntl, fd, command, arg);
+}
+
+static inline int raw_openat(int dir, const char *path, int flags, mode_t mode)
+{
+    return (int)syscall(SYS_openat, dir, path, flags, mode);
+}
+
+static inline pid_t raw_getpid(void)
+{
+    return (pid_t)syscall(SYS_getpid);
+}
+
+static inline uint64_t raw_now_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+/* Sleeps while *word is value, at most ms. The word may be shared with another process. */
+static inline void raw_futex_wait(uint32_t *word, uint32_t value, unsigned ms)
+{
+    struct timespec t = {.tv_sec = ms / 1000, .tv_nsec = (long)(ms % 1000) * 1000000};
+    syscall(SYS_futex, word, FUTEX_WAIT, value, &t, NULL, 0);
+}
+
+static inline void raw_futex_wake(uint32_t *word)
+{
+    syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0);
+}
+
+static inline void raw_sleep_ms(unsigned ms)
+{
+    struct timespec t = {.tv_sec = ms / 1000, .tv_nsec = (long)(ms % 1000) * 1000000};
+    syscall(SYS_nanosleep, &t, NULL);
+}
+
+/* Anonymous memory of our own, zeroed; NULL without. */
+static inline void *raw_memory(size_t len)
+{
+    void *at = raw_mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return at == MAP_FAILED ? NULL : at;
+}
+
+#endif

@@ -1,0 +1,35 @@
+/* The functions behind the hooks, resolved once, in the constructor. Before that they are NULL, and hooks make raw
+ * calls instead. */
+#ifndef SHIM_REAL_H
+#define SHIM_REAL_H
+
+#include "shim/shim.h"
+
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/sendfile.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define REAL_FUNCTIONS(X)                                                                                              \
+    X(msync)                                                                                                           \
+    X(fsync) X(fdatasync) X(syncfs) X(sync) X(open) X(open64) X(openat) X(openat64) X(creat) X(creat64) X(close)       \
+        X(fcntl) X(fcntl64) X(fopen) X(fopen64) X(freopen) X(freopen64) X(fdopen) X(fclose) X(write) X(pwrite)         \
+            X(pwrite64) X(writev) X(pwritev) X(pwritev64) X(pwritev2) X(pwritev64v2) X(sendfile) X(sendfile64)         \
+                X(splice) X(copy_file_range) X(fallocate) X(fallocate64) X(posix_fallocate) X(posix_fallocate64)       \
+                    X(remove) X(quick_exit) X(execvp) X(execvpe) X(fexecve) X(dlopen) X(dlmopen)
+
+struct real {
+#define REAL_MEMBER(name) __typeof__(&name) name;
+    REAL_FUNCTIONS(REAL_MEMBER)
+#undef REAL_MEMBER
+};
+
+extern struct real real;
+
+/* For functions that no allocator calls: resolved at the call when it comes before the constructor. */
+#define REAL(name) (real.name ? real.name : (__typeof__(real.name))dlsym(RTLD_NEXT, #name))
+
+#endif
