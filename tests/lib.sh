@@ -21,6 +21,7 @@ REMOTE='' REMOTE_PID=''
 SOCKET=$T/agent.sock
 export XDG_STATE_HOME=$T/state
 extra_dirs=() # removed with $T
+mounted=()    # unmounted before that
 mkdir "$W"
 
 say() { printf '%s\n' "$*"; }
@@ -60,17 +61,24 @@ alive() {
     state=$(sed -n 's/^State:[[:space:]]*//p' "/proc/$1/status" 2>/dev/null) && [ -n "$state" ] && [ "${state:0:1}" != Z ]
 }
 
-# Agents that carry this test's directory in their command line or environment, so nobody else's.
-our_agents() {
-    local proc pid
+# Processes that carry this test's directory in their command line or environment, so nobody else's.
+our_processes() {
+    local proc
     for proc in /proc/[0-9]*; do
-        pid=${proc#/proc/}
-        [[ "$(readlink "$proc/exe" 2>/dev/null)" == */memsync-agent* ]] || continue
-        if tr '\0' '\n' 2>/dev/null <"$proc/cmdline" | grep -qF "$T" || tr '\0' '\n' 2>/dev/null <"$proc/environ" | grep -qF "$T"; then
-            alive "$pid" && say "$pid"
+        [ -O "$proc" ] || [ "$EUID" = 0 ] || continue
+        if [ "${proc#/proc/}" != "$BASHPID" ] && cat "$proc/cmdline" "$proc/environ" 2>/dev/null | grep -qaF "$T"; then
+            say "${proc#/proc/}"
         fi
     done
     return 0
+}
+our_agents() {
+    local pid
+    for pid in $(our_processes); do
+        if [[ "$(readlink "/proc/$pid/exe" 2>/dev/null)" == */memsync-agent* ]] && alive "$pid"; then
+            say "$pid"
+        fi
+    done
 }
 # Those of them that are not remotes we started.
 local_agents() {
@@ -84,10 +92,7 @@ finish() {
     local code=$? pid
     trap - EXIT
     set +e
-    for pid in $(our_agents); do
-        kill -KILL "$pid" 2>/dev/null
-    done
-    for pid in $(jobs -p); do
+    for pid in $(jobs -p) $(our_processes); do
         kill -KILL "$pid" 2>/dev/null
     done
     wait 2>/dev/null
@@ -100,6 +105,7 @@ finish() {
     if [ -n "${KEEP:-}" ]; then
         say "kept: $T ${extra_dirs[*]}" >&2
     else
+        [ "${#mounted[@]}" = 0 ] || umount -l "${mounted[@]}"
         chmod -R u+rwX "$T" 2>/dev/null
         rm -rf "$T" "${extra_dirs[@]}"
     fi
@@ -200,3 +206,53 @@ same_tree() {
 quiet() {
     ! grep -n 'memsync' "$1" >&2 || fail "the shim or agent complained"
 }
+
+# A program that is walked through: stepper_start FILE SIZE [VARIABLE=VALUE...], then step LINE..., whose answer is in $ANSWER (its result) and $TOOK (us).
+STEPPER='' STEPPER_PID='' STEP_IN='' STEP_OUT=''
+pipes() { # NAME: two named pipes, open for reading and writing so that opening them never waits
+    rm -f "$T/$1.in" "$T/$1.out"
+    mkfifo "$T/$1.in" "$T/$1.out"
+}
+stepper_start() {
+    local file=$1 size=$2
+    shift 2
+    pipes step
+    exec {STEP_IN}<>"$T/step.in" {STEP_OUT}<>"$T/step.out"
+    LIMIT=${LIMIT:-600} shim "$@" -- "$BUILD/tests/programs/stepper" "$file" "$size" <"$T/step.in" >"$T/step.out" 2>>"$T/program.err" &
+    STEPPER=$!
+    read -r -t 60 -u "$STEP_OUT" _ STEPPER_PID || fail "the stepper did not start: $(cat "$T/program.err")"
+}
+step_begin() { say "$*" >&"$STEP_IN"; }
+step_answer() { # SECONDS: false when none came
+    local what
+    read -r -t "$1" -u "$STEP_OUT" what ANSWER TOOK
+}
+step() {
+    step_begin "$@"
+    step_answer "${STEP_LIMIT:-60}" || fail "step '$*' was not answered within ${STEP_LIMIT:-60} s: $(cat "$T/program.err")"
+}
+stepped() { # step, and it must succeed
+    step "$@"
+    [ "$ANSWER" = 0 ] || fail "step '$*': $ANSWER"
+}
+stepper_end() {
+    local code=0
+    say "${1:-q}" >&"$STEP_IN"
+    wait "$STEPPER" || code=$?
+    exec {STEP_IN}>&- {STEP_OUT}>&-
+    [ "$code" = "${2:-0}" ] || fail "the stepper ended with $code"
+}
+
+# The relay between the local agent and the remote: start_relay [OPTION...] makes $REMOTE its address; relay LINE commands it.
+RELAY_IN='' RELAY_OUT='' DIRECT=''
+start_relay() {
+    local address
+    pipes relay
+    exec {RELAY_IN}<>"$T/relay.in" {RELAY_OUT}<>"$T/relay.out"
+    "$BUILD/bench/relay" "$REMOTE" "$@" <"$T/relay.in" >"$T/relay.out" 2>>"$T/relay.err" &
+    read -r -t 10 -u "$RELAY_OUT" _ address || fail "the relay did not start"
+    DIRECT=$REMOTE
+    REMOTE=$address
+}
+relay() { say "$*" >&"$RELAY_IN"; }
+relay_heard() { read -r -t "$1" -u "$RELAY_OUT" HEARD; }

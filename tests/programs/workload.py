@@ -114,6 +114,98 @@ def two_writers(where):
     db.close()
 
 
+def endless(where, commit):
+    """Commits rounds until DIR/../stop exists, and says which are acknowledged."""
+    print("pid", os.getpid(), flush=True)
+    number = commit(None)
+    while not os.path.exists(where + "/../stop"):
+        number += 1
+        try:
+            commit(number)
+            print("acked", number, flush=True)
+        except Exception as e:
+            print("failed", number, e, flush=True)
+
+
+def crash_lmdb(where):
+    """Each transaction writes its number under 20 keys, and values of another size."""
+    import lmdb
+
+    env = lmdb.open(where + "/db", map_size=16 << 20, writemap=True)
+
+    def commit(number):
+        with env.begin(write=number is not None) as txn:
+            if number is None:
+                return int(txn.get(b"k0") or 0)
+            for i in range(20):
+                txn.put(b"k%d" % i, b"%d" % number)
+                txn.put(b"v%d" % (number * 7 % 50 + i), os.urandom((number * 131 + i * 977) % 3000))
+
+    endless(where, commit)
+
+
+def crash_sqlite(where, mode):
+    db = sqlite3.connect(where + "/db", timeout=60, isolation_level=None)
+    db.execute("pragma journal_mode=" + mode)
+    db.execute("pragma synchronous=full")
+    db.execute("pragma wal_autocheckpoint=20")
+    db.execute("create table if not exists n(i integer primary key, number integer)")
+    db.execute("create table if not exists t(id integer primary key, body blob)")
+    for i in range(20):
+        db.execute("insert or ignore into n values(?, 0)", (i,))
+
+    def commit(number):
+        if number is None:
+            return db.execute("select max(number) from n").fetchone()[0]
+        db.execute("begin immediate")
+        db.execute("update n set number = ?", (number,))
+        db.execute("insert or replace into t values(?, ?)", (number % 50, os.urandom(number * 131 % 3000)))
+        db.execute("commit")
+
+    endless(where, commit)
+
+
+def crash_wal(where):
+    crash_sqlite(where, "wal")
+
+
+def crash_rollback(where):
+    crash_sqlite(where, "delete")
+
+
+def check_lmdb(where):
+    import lmdb
+
+    if not os.path.exists(where + "/db/data.mdb") or os.path.getsize(where + "/db/data.mdb") == 0:
+        print(0)
+        return
+    env = lmdb.open(where + "/db", readonly=True, lock=False)
+    with env.begin() as txn:
+        numbers = {int(txn.get(b"k%d" % i) or 0) for i in range(20)}
+        for _ in txn.cursor():
+            pass
+    if len(numbers) != 1:
+        sys.exit("transactions torn: %s" % numbers)
+    print(numbers.pop())
+
+
+def check_sqlite(where):
+    if not os.path.exists(where + "/db"):
+        print(0)
+        return
+    db = sqlite3.connect(where + "/db")
+    result = db.execute("pragma integrity_check").fetchall()
+    if result != [("ok",)]:
+        sys.exit("integrity_check: %s" % result)
+    if not db.execute("select 1 from sqlite_master where name = 'n'").fetchall():
+        print(0)
+        return
+    numbers = {row[0] for row in db.execute("select number from n")} or {0}
+    if len(numbers) != 1:
+        sys.exit("transactions torn: %s" % numbers)
+    print(numbers.pop())
+
+
 def read_numpy(where):
     import numpy
 
