@@ -1,0 +1,712 @@
+/* Connections: pairs over a socket pair in one loop, and raw sockets that break the rules. Every wait is a loop run
+ * with a deadline. */
+#include "agent/net/conn.h"
+#include "agent/net/addr.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+#include <cmocka.h>
+
+#define SEEN 4096
+
+struct end {
+    struct conn *conn;
+    bool opened, closed;
+    int err;
+    char why[1024];
+    struct frame_hello peer;
+    size_t frames, bytes, drained;
+    struct {
+        uint32_t stream;
+        uint8_t type;
+        uint32_t len;
+        uint8_t first;
+    } seen[SEEN];
+    bool credit;      /* give windows back at once */
+    uint8_t close_on; /* frame type on which to conn_close from within the callback */
+    uint8_t echo;     /* answer every frame by one of this type */
+    bool in_call;
+};
+
+static uv_loop_t loop;
+
+static void on_open(void *owner, const struct frame_hello *peer)
+{
+    struct end *e = owner;
+    assert_false(e->opened);
+    e->opened = true;
+    e->peer = *peer;
+}
+
+static void on_frame(void *owner, uint32_t stream, uint8_t type, struct buf *payload)
+{
+    struct end *e = owner;
+    assert_true(e->opened);
+    assert_false(e->closed);
+    if (e->frames < SEEN) {
+        e->seen[e->frames].stream = stream;
+        e->seen[e->frames].type = type;
+        e->seen[e->frames].len = payload->len;
+        e->seen[e->frames].first = payload->len ? payload->data[0] : 0;
+    }
+    e->frames++;
+    e->bytes += payload->len;
+    if (e->credit && type == FRAME_PAGES)
+        conn_credit(e->conn, stream, payload->len);
+    if (e->echo && stream)
+        conn_send(e->conn, stream, e->echo, NULL);
+    if (e->close_on == type) {
+        e->in_call = true;
+        conn_close(e->conn, false, 0, NULL);
+        conn_send(e->conn, 1, FRAME_BEGIN, NULL);
+        e->in_call = false;
+    }
+}
+
+static void on_drained(void *owner, uint32_t stream)
+{
+    struct end *e = owner;
+    (void)stream;
+    e->drained++;
+}
+
+static void on_closed(void *owner, int err, const char *why)
+{
+    struct end *e = owner;
+    assert_false(e->closed);
+    assert_false(e->in_call);
+    e->closed = true;
+    e->err = err;
+    snprintf(e->why, sizeof e->why, "%s", why);
+}
+
+static const struct conn_ops ops = {on_open, on_frame, on_drained, on_closed};
+
+static uint64_t now_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+static void on_wake(uv_timer_t *t)
+{
+    (void)t;
+}
+
+/* Runs the loop until cond, or fails after 10 s. */
+#define UNTIL(cond)                                                                                                    \
+    do {                                                                                                               \
+        uint64_t deadline = now_ms() + 10000;                                                                          \
+        uv_timer_t wake;                                                                                               \
+        uv_timer_init(&loop, &wake);                                                                                   \
+        uv_timer_start(&wake, on_wake, 20, 20);                                                                        \
+        while (!(cond) && now_ms() < deadline)                                                                         \
+            uv_run(&loop, UV_RUN_ONCE);                                                                                \
+        uv_close((uv_handle_t *)&wake, NULL);                                                                          \
+        uv_run(&loop, UV_RUN_NOWAIT);                                                                                  \
+        assert_true(cond);                                                                                             \
+    } while (0)
+
+static struct frame_hello hello(const char *host)
+{
+    struct frame_hello h = {.version = FRAME_VERSION};
+    id_new(&h.identity);
+    snprintf(h.host, sizeof h.host, "%s", host);
+    return h;
+}
+
+static uv_stream_t *stream_of(int fd)
+{
+    uv_pipe_t *p = malloc(sizeof *p);
+    uv_pipe_init(&loop, p, 0);
+    assert_int_equal(uv_pipe_open(p, fd), 0);
+    return (uv_stream_t *)p;
+}
+
+static int take(struct end *e)
+{
+    int fds[2];
+    struct frame_hello h = hello("b");
+    assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
+    e->conn = conn_take(stream_of(fds[0]), &h, &ops, e);
+    assert_non_null(e->conn);
+    return fds[1];
+}
+
+static void pair_of(struct end *a, struct end *b, const struct frame_hello *ha)
+{
+    int fd = take(b);
+    a->conn = conn_take(stream_of(fd), ha, &ops, a);
+    assert_non_null(a->conn);
+}
+
+static void pair(struct end *a, struct end *b)
+{
+    struct frame_hello h = hello("a");
+    pair_of(a, b, &h);
+    UNTIL(a->opened && b->opened);
+}
+
+static void end_pair(struct end *a, struct end *b)
+{
+    if (!a->closed)
+        conn_close(a->conn, false, 0, NULL);
+    UNTIL(a->closed && b->closed);
+}
+
+static struct end *ends(void)
+{
+    struct end *e = calloc(2, sizeof *e);
+    assert_non_null(e);
+    return e;
+}
+
+static struct buf *bytes(size_t len, int fill)
+{
+    struct buf *b = buf_new(len);
+    assert_non_null(b);
+    memset(b->data, fill, len);
+    b->len = (uint32_t)len;
+    return b;
+}
+
+static void greets(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    pair(&e[0], &e[1]);
+    assert_string_equal(e[0].peer.host, "b");
+    assert_string_equal(e[1].peer.host, "a");
+    conn_send(e[0].conn, 7, FRAME_BEGIN, bytes(8, 3));
+    conn_send(e[0].conn, 7, FRAME_LIST, NULL);
+    UNTIL(e[1].frames == 2);
+    assert_int_equal(e[1].seen[0].stream, 7);
+    assert_int_equal(e[1].seen[0].type, FRAME_BEGIN);
+    assert_int_equal(e[1].seen[0].len, 8);
+    assert_int_equal(e[1].seen[0].first, 3);
+    assert_int_equal(e[1].seen[1].type, FRAME_LIST);
+    assert_int_equal(e[1].seen[1].len, 0);
+    end_pair(&e[0], &e[1]);
+    assert_int_equal(e[0].err, 0);
+    assert_int_equal(e[1].err, 0);
+    free(e);
+}
+
+static void tells_versions(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    struct frame_hello h = hello("old");
+    h.version = 7;
+    pair_of(&e[0], &e[1], &h);
+    UNTIL(e[0].closed && e[1].closed);
+    assert_int_equal(e[0].err, -EPROTONOSUPPORT);
+    assert_int_equal(e[1].err, -EPROTONOSUPPORT);
+    assert_non_null(strstr(e[1].why, "peer speaks version 7, this agent 1: upgrade the older one"));
+    assert_false(e[0].opened || e[1].opened);
+    free(e);
+}
+
+static void window_stops_sender(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    pair(&e[0], &e[1]);
+    for (int i = 0; i < 100; i++)
+        conn_send(e[0].conn, 1, FRAME_PAGES, bytes(61440, i));
+    conn_send(e[0].conn, 2, FRAME_BEGIN, bytes(8, 1)); /* another stream has its own */
+    UNTIL(e[1].frames == FRAME_WINDOW / 61440 + 1);
+    for (int i = 0; i < 5; i++)
+        uv_run(&loop, UV_RUN_NOWAIT);
+    assert_int_equal(e[1].frames, FRAME_WINDOW / 61440 + 1);
+    assert_int_equal(conn_queued(e[0].conn, 1), (100 - FRAME_WINDOW / 61440) * (61440 + FRAME_HEADER));
+    conn_credit(e[1].conn, 1, FRAME_WINDOW); /* more than it took is not given */
+    e[1].credit = true;
+    UNTIL(e[1].frames == 101);
+    for (unsigned i = 1, stream1 = 0; i < 101; i++)
+        if (e[1].seen[i].stream == 1)
+            assert_int_equal(e[1].seen[i].first, ++stream1);
+    assert_int_equal(e[0].drained, 1);
+    end_pair(&e[0], &e[1]);
+    free(e);
+}
+
+/* With bulk in every queue, an urgent frame is behind no more than what the kernel has, and CONN_AHEAD. */
+static void urgent_overtakes(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    pair(&e[0], &e[1]);
+    conn_set_priority(e[0].conn, 1, CONN_BULK);
+    conn_set_priority(e[0].conn, 3, CONN_URGENT);
+    for (int i = 0; i < 200; i++) {
+        conn_send(e[0].conn, 1, FRAME_PAGES, bytes(61440, i));
+        conn_send(e[0].conn, 2, FRAME_PAGES, bytes(61440, i));
+    }
+    e[1].credit = true;
+    UNTIL(e[1].frames >= 5);
+    size_t before = e[1].bytes;
+    uint64_t out = conn_bytes_out(e[0].conn);
+    conn_send(e[0].conn, 3, FRAME_LIST, bytes(4, 9));
+    UNTIL(e[1].frames == 401);
+    size_t at = 0, sum = 0;
+    while (e[1].seen[at].stream != 3)
+        sum += e[1].seen[at++].len;
+    assert_true(sum <= out + CONN_AHEAD);
+    assert_true(sum <= before + (1u << 20));
+    /* and normal goes before bulk: all of stream 2 is in before the last half of stream 1 */
+    size_t last2 = 0;
+    for (size_t i = 0; i < 401; i++)
+        if (e[1].seen[i].stream == 2)
+            last2 = i;
+    assert_true(last2 < 230);
+    end_pair(&e[0], &e[1]);
+    free(e);
+}
+
+static void equals_take_turns(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    pair(&e[0], &e[1]);
+    for (int i = 0; i < 60; i++)
+        conn_send(e[0].conn, 1, FRAME_PAGES, bytes(61440, i));
+    for (int i = 0; i < 60; i++)
+        conn_send(e[0].conn, 2, FRAME_PAGES, bytes(61440, i));
+    UNTIL(e[1].frames == 120);
+    unsigned first20 = 0;
+    for (unsigned i = 0; i < 20; i++)
+        first20 += e[1].seen[i].stream == 2;
+    assert_in_range(first20, 8, 12);
+    end_pair(&e[0], &e[1]);
+    free(e);
+}
+
+/* Raw peers */
+
+static void raw_write(int fd, const void *p, size_t len)
+{
+    const uint8_t *at = p;
+    uint64_t deadline = now_ms() + 10000;
+    fcntl(fd, F_SETFL, O_NONBLOCK);
+    while (len && now_ms() < deadline) {
+        ssize_t n = send(fd, at, len, MSG_NOSIGNAL);
+        if (n > 0) {
+            at += n;
+            len -= (size_t)n;
+        } else if (errno != EAGAIN) {
+            return; /* it hung up on us, as it may */
+        }
+        uv_run(&loop, UV_RUN_NOWAIT);
+    }
+    assert_int_equal(len, 0);
+}
+
+static void raw_frame(int fd, uint8_t type, uint32_t stream, const void *payload, size_t len)
+{
+    uint8_t f[FRAME_HEADER + FRAME_PAYLOAD_MAX];
+    frame_header_put(f, type, stream, (uint32_t)len, frame_payload_hash(payload, len));
+    memcpy(f + FRAME_HEADER, payload, len);
+    raw_write(fd, f, FRAME_HEADER + len);
+}
+
+static void raw_hello(int fd)
+{
+    uint8_t p[512];
+    struct frame_hello h = hello("raw");
+    raw_frame(fd, FRAME_HELLO, 0, p, frame_hello_put(p, sizeof p, &h));
+}
+
+/* Reads until end of file what the connection said; returns whether an ERROR was in it. */
+static bool raw_error(int fd, char text[FRAME_TEXT_MAX])
+{
+    static uint8_t in[1 << 20];
+    size_t have = 0;
+    for (uint64_t deadline = now_ms() + 10000; now_ms() < deadline;) {
+        ssize_t n = read(fd, in + have, sizeof in - have);
+        if (n > 0)
+            have += (size_t)n;
+        if (!n || (n < 0 && errno != EAGAIN))
+            break;
+        uv_run(&loop, UV_RUN_NOWAIT);
+    }
+    for (size_t at = 0; at < have;) {
+        struct frame_header h;
+        struct frame_failed f;
+        int64_t n = frame_step(in + at, have - at, &h);
+        if (n <= 0)
+            return false;
+        if (h.type == FRAME_ERROR && !frame_failed_get(in + at + FRAME_HEADER, h.len, &f)) {
+            memcpy(text, f.text, FRAME_TEXT_MAX);
+            return true;
+        }
+        at += (size_t)n;
+    }
+    return false;
+}
+
+static void raw_fault(struct end *e, int fd, int err, const char *why)
+{
+    char text[FRAME_TEXT_MAX];
+    assert_true(raw_error(fd, text));
+    close(fd);
+    UNTIL(e->closed);
+    assert_int_equal(e->err, err);
+    assert_non_null(strstr(e->why, why));
+    assert_non_null(strstr(text, why));
+}
+
+static void refuses_garbage(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    int fd = take(e);
+    raw_write(fd, "GET / HTTP/1.1\r\nHost: example.org\r\n\r\n", 37);
+    raw_fault(e, fd, -EPROTO, "not a frame");
+    free(e);
+}
+
+static void refuses_flipped_bits(void **state)
+{
+    (void)state;
+    for (size_t bit = 0; bit < 8 * (FRAME_HEADER + 40); bit += 7) {
+        struct end *e = ends();
+        int fd = take(e);
+        raw_hello(fd);
+        uint8_t f[FRAME_HEADER + 40] = {0};
+        memset(f + FRAME_HEADER, 0x5a, 40);
+        frame_header_put(f, FRAME_OP, 1, 40, frame_payload_hash(f + FRAME_HEADER, 40));
+        f[bit / 8] ^= (uint8_t)(1u << bit % 8);
+        raw_write(fd, f, sizeof f);
+        static const uint8_t more[FRAME_PAYLOAD_MAX]; /* for a length that became greater */
+        raw_write(fd, more, sizeof more);
+        UNTIL(e->closed);
+        assert_true(e->err == -EPROTO || e->err == -EBADMSG);
+        assert_int_equal(e->frames, 0);
+        close(fd);
+        free(e);
+    }
+}
+
+static void wants_hello_first(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    int fd = take(e);
+    raw_frame(fd, FRAME_LIST, 1, "abcd", 4);
+    raw_fault(e, fd, -EPROTO, "without a HELLO");
+    memset(e, 0, sizeof *e);
+    fd = take(e);
+    raw_hello(fd);
+    raw_hello(fd);
+    raw_fault(e, fd, -EPROTO, "HELLO out of place");
+    memset(e, 0, sizeof *e);
+    fd = take(e);
+    raw_frame(fd, FRAME_HELLO, 0, "abcd", 4);
+    raw_fault(e, fd, -EPROTO, "out of form");
+    free(e);
+}
+
+static void closes_window_violator(void **state)
+{
+    (void)state;
+    static const uint8_t page[61440];
+    struct end *e = ends();
+    int fd = take(e);
+    raw_hello(fd);
+    for (unsigned i = 0; i <= FRAME_WINDOW / sizeof page; i++)
+        raw_frame(fd, FRAME_PAGES, 5, page, sizeof page);
+    raw_fault(e, fd, -EPROTO, "beyond its window on stream 5");
+    assert_int_equal(e->frames, FRAME_WINDOW / sizeof page);
+    free(e);
+}
+
+static void refuses_window_never_taken(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    int fd = take(e);
+    uint8_t more[8];
+    put_u32(more, 3);
+    put_u32(more + 4, 0xffffffffu);
+    raw_hello(fd);
+    raw_frame(fd, FRAME_BEGIN, 3, more, 8);
+    raw_frame(fd, FRAME_WINDOW_MORE, 0, more, 8);
+    raw_fault(e, fd, -EPROTO, "more window than it had");
+    free(e);
+}
+
+static void bounds_streams(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    int fd = take(e);
+    raw_hello(fd);
+    for (uint32_t i = 1; i <= CONN_STREAMS_MAX + 1; i++)
+        raw_frame(fd, FRAME_LIST, i, "abcd", 4);
+    raw_fault(e, fd, -ENOBUFS, "more than 4096 streams");
+    assert_int_equal(e->frames, CONN_STREAMS_MAX);
+    free(e);
+}
+
+/* One that asks and never reads: the answers are bounded. */
+static void bounds_answers(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    int fd = take(e);
+    raw_hello(fd);
+    UNTIL(e->opened);
+    for (unsigned i = 0; i < 1000000 && !e->closed; i++)
+        raw_frame(fd, FRAME_PING, 0, "12345678", 8);
+    UNTIL(e->closed);
+    assert_int_equal(e->err, -ENOBUFS);
+    assert_non_null(strstr(e->why, "reads no answers"));
+    close(fd);
+    free(e);
+}
+
+static void notices_cut_frames(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    int fd = take(e);
+    raw_hello(fd);
+    uint8_t f[FRAME_HEADER];
+    frame_header_put(f, FRAME_PAGES, 1, 1000, 1);
+    raw_write(fd, f, sizeof f);
+    UNTIL(e->opened);
+    close(fd);
+    UNTIL(e->closed);
+    assert_int_equal(e->err, -ECONNRESET);
+    free(e);
+}
+
+static void notices_silence(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    int fd = take(e);
+    raw_hello(fd);
+    UNTIL(e->opened);
+    uint64_t from = now_ms();
+    conn_set_silence(e->conn, 300);
+    UNTIL(e->closed);
+    assert_in_range(now_ms() - from, 200, 2000);
+    assert_int_equal(e->err, -ETIMEDOUT);
+    assert_non_null(strstr(e->why, "silent"));
+    close(fd);
+    free(e);
+}
+
+static void idle_pairs_live(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    pair(&e[0], &e[1]);
+    conn_set_silence(e[0].conn, 100);
+    conn_set_silence(e[1].conn, 100);
+    uint64_t from = now_ms();
+    UNTIL(now_ms() > from + 500);
+    assert_false(e[0].closed || e[1].closed);
+    end_pair(&e[0], &e[1]);
+    free(e);
+}
+
+static void close_flushes(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    pair(&e[0], &e[1]);
+    e[1].credit = true;
+    for (int i = 0; i < 100; i++)
+        conn_send(e[0].conn, 1, FRAME_PAGES, bytes(61440, i));
+    conn_send(e[0].conn, 1, FRAME_END, bytes(16, 1));
+    conn_close(e[0].conn, true, FRAME_E_LIMIT, NULL);
+    conn_send(e[0].conn, 1, FRAME_END, bytes(16, 1)); /* dropped */
+    UNTIL(e[0].closed && e[1].closed);
+    assert_int_equal(e[1].frames, 101);
+    assert_int_equal(e[0].err, 0);
+    assert_int_equal(e[1].err, 0);
+    free(e);
+}
+
+static void close_tells_why(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    pair(&e[0], &e[1]);
+    for (int i = 0; i < 100; i++)
+        conn_send(e[0].conn, 1, FRAME_PAGES, bytes(61440, i));
+    conn_close(e[0].conn, false, FRAME_E_FENCED, "you are\x1b[2J not wanted");
+    UNTIL(e[0].closed && e[1].closed);
+    assert_true(e[1].frames < 100);
+    assert_int_equal(e[0].err, 0);
+    assert_int_equal(e[1].err, -ESTALE);
+    assert_non_null(strstr(e[1].why, "you are?[2J not wanted"));
+    free(e);
+}
+
+static void closes_within_calls(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    pair(&e[0], &e[1]);
+    e[1].close_on = FRAME_LIST;
+    for (int i = 0; i < 10; i++)
+        conn_send(e[0].conn, 1, FRAME_LIST, bytes(4, 0));
+    UNTIL(e[0].closed && e[1].closed);
+    assert_int_equal(e[1].frames, 1);
+    free(e);
+}
+
+static void streams_end(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    pair(&e[0], &e[1]);
+    e[1].echo = FRAME_OK;
+    /* many more in a row than may be at once: a closed one is forgotten at both ends */
+    for (uint32_t i = 1; i <= 3 * CONN_STREAMS_MAX; i++) {
+        size_t had = e[0].frames;
+        conn_send(e[0].conn, i, FRAME_LIST, NULL);
+        if (i % 2)
+            UNTIL(e[0].frames > had);
+        conn_forget(e[0].conn, i);
+        assert_int_equal(conn_queued(e[0].conn, i), 0);
+        conn_send(e[0].conn, i, FRAME_LIST, NULL); /* dropped */
+    }
+    UNTIL(e[1].seen[0].type == FRAME_LIST && conn_queued(e[0].conn, 0) == 0);
+    size_t had = e[0].frames;
+    conn_send(e[0].conn, 4 * CONN_STREAMS_MAX, FRAME_LIST, NULL);
+    UNTIL(e[0].frames > had);
+    assert_false(e[0].closed || e[1].closed);
+    assert_int_equal(e[1].seen[1].type, FRAME_CLOSE);
+    end_pair(&e[0], &e[1]);
+    free(e);
+}
+
+static void dials(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *addr;
+        int err;
+    } bad[] = {
+        {"127.0.0.1:1", -ECONNREFUSED},
+        {"localhost:1", -ECONNREFUSED},
+        {"unix:/nonexistent/socket", -ENOENT},
+        {"unix:", -EINVAL},
+        {"7070", -EINVAL},
+        {"::1:70", -EINVAL},
+        {"host:70000", -EINVAL},
+        {"host.invalid:7", -EHOSTUNREACH},
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        struct end *e = ends();
+        struct frame_hello h = hello("d");
+        e->conn = conn_dial(&loop, bad[i].addr, &h, &ops, e);
+        assert_false(e->closed);
+        UNTIL(e->closed);
+        assert_int_equal(e->err, bad[i].err);
+        assert_non_null(strstr(e->why, bad[i].addr));
+        free(e);
+    }
+    struct end *e = ends();
+    struct frame_hello h = hello("d");
+    e->conn = conn_dial(&loop, "localhost:1", &h, &ops, e);
+    conn_close(e->conn, true, 0, NULL); /* while resolving */
+    UNTIL(e->closed);
+    assert_int_equal(e->err, 0);
+    free(e);
+}
+
+/* Both ends, and both their checksums, on one core. Printed, not judged: machines differ. */
+static void speed(void **state)
+{
+    (void)state;
+    struct sockaddr_in sa = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t len = sizeof sa;
+    int l = socket(AF_INET, SOCK_STREAM, 0);
+    assert_int_equal(bind(l, (struct sockaddr *)&sa, sizeof sa), 0);
+    assert_int_equal(listen(l, 1), 0);
+    getsockname(l, (struct sockaddr *)&sa, &len);
+    struct end *e = ends();
+    struct frame_hello h = hello("a");
+    char addr[64];
+    addr_text((struct sockaddr *)&sa, addr, sizeof addr);
+    e[0].conn = conn_dial(&loop, addr, &h, &ops, &e[0]);
+    uv_run(&loop, UV_RUN_ONCE);
+    uv_run(&loop, UV_RUN_ONCE);
+    int fd = accept(l, NULL, NULL);
+    uv_tcp_t *t = malloc(sizeof *t);
+    uv_tcp_init(&loop, t);
+    uv_tcp_open(t, fd);
+    e[1].conn = conn_take((uv_stream_t *)t, &h, &ops, &e[1]);
+    e[1].credit = true;
+    UNTIL(e[0].opened && e[1].opened);
+    struct buf *b[64];
+    for (int i = 0; i < 64; i++)
+        b[i] = bytes(61440, i);
+    const size_t total = 20000;
+    uint64_t from = uv_hrtime();
+    size_t sent = 0;
+    while (e[1].frames < total) {
+        while (sent < total && conn_queued(e[0].conn, 1) < CONN_LOW)
+            conn_send(e[0].conn, 1, FRAME_PAGES, buf_hold(b[sent++ % 64]));
+        uv_run(&loop, UV_RUN_ONCE);
+    }
+    double seconds = (double)(uv_hrtime() - from) / 1e9;
+    print_message("one stream, 60 KiB frames, both ends on one core: %.2f GB/s\n",
+                  (double)total * 61440 / 1e9 / seconds);
+    assert_int_equal(e[1].bytes, total * 61440);
+    for (int i = 0; i < 64; i++)
+        buf_drop(b[i]);
+    close(l);
+    end_pair(&e[0], &e[1]);
+    free(e);
+}
+
+void agent_leave(void);
+void agent_leave(void)
+{
+}
+
+int main(void)
+{
+    uv_loop_init(&loop);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(greets),
+        cmocka_unit_test(tells_versions),
+        cmocka_unit_test(window_stops_sender),
+        cmocka_unit_test(urgent_overtakes),
+        cmocka_unit_test(equals_take_turns),
+        cmocka_unit_test(refuses_garbage),
+        cmocka_unit_test(refuses_flipped_bits),
+        cmocka_unit_test(wants_hello_first),
+        cmocka_unit_test(closes_window_violator),
+        cmocka_unit_test(refuses_window_never_taken),
+        cmocka_unit_test(bounds_streams),
+        cmocka_unit_test(bounds_answers),
+        cmocka_unit_test(notices_cut_frames),
+        cmocka_unit_test(notices_silence),
+        cmocka_unit_test(idle_pairs_live),
+        cmocka_unit_test(close_flushes),
+        cmocka_unit_test(close_tells_why),
+        cmocka_unit_test(closes_within_calls),
+        cmocka_unit_test(streams_end),
+        cmocka_unit_test(dials),
+        cmocka_unit_test(speed),
+    };
+    int rc = cmocka_run_group_tests(tests, NULL, NULL);
+    uv_run(&loop, UV_RUN_DEFAULT);
+    return uv_loop_close(&loop) ? 1 : rc;
+}
