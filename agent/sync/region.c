@@ -212,7 +212,8 @@ static void first_answer(struct region *r)
         compare(r);
         return;
     }
-    if (r->replace || r->terms.initial == CONTROL_INITIAL_PUSH) {
+    bool ours = id_same(&r->there.writer, &r->link->local->identity);
+    if ((r->replace && ours) || r->terms.initial == CONTROL_INITIAL_PUSH) {
         region_create(r);
         return;
     }

@@ -1,0 +1,240 @@
+/* Extents, published hashes, and both trackers over real mappings: what is stored is found, once. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <cmocka.h>
+
+#include "agent/track/kernel.h"
+#include "agent/track/track.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define PAGES 300u
+
+static void extents_settle_sorts_joins_and_cuts(void **state)
+{
+    (void)state;
+    struct extents e = {0};
+    extents_add(&e, 20000, 20001);
+    extents_add(&e, 100, 200);
+    extents_add(&e, 4096, 8192);
+    extents_add(&e, 5, 5);
+    extents_add(&e, 1u << 20, 2u << 20);
+    extents_settle(&e, 20481);
+    assert_int_equal(e.count, 2);
+    assert_int_equal(e.at[0].start, 0);
+    assert_int_equal(e.at[0].end, 8192);
+    assert_int_equal(e.at[1].start, 16384);
+    assert_int_equal(e.at[1].end, 20480);
+    assert_int_equal(extents_bytes(&e), 12288);
+    extents_free(&e);
+}
+
+static void hashes_of_zeros_are_zero_and_cutting_forgets(void **state)
+{
+    (void)state;
+    uint8_t page[PAGE] = {0};
+    struct hashes h = {0};
+    assert_true(page_hash_same(page_hash_of(page), (struct page_hash){0, 0}));
+    page[PAGE - 1] = 1;
+    struct page_hash one = page_hash_of(page);
+    assert_false(page_hash_same(one, (struct page_hash){0, 0}));
+    assert_int_equal(hashes_room(&h, 1000), 0);
+    for (uint64_t p = 0; p < 1000; p++)
+        hashes_set(&h, p, one);
+    assert_int_equal(hashes_room(&h, 100000), 0);
+    assert_true(page_hash_same(hashes_get(&h, 999), one));
+    hashes_cut(&h, 10 * PAGE + 7);
+    assert_true(page_hash_same(hashes_get(&h, 9), one));
+    assert_true(page_hash_same(hashes_get(&h, 10), HASH_UNKNOWN));
+    for (uint64_t p = 11; p < 1000; p++)
+        assert_true(page_hash_same(hashes_get(&h, p), (struct page_hash){0, 0}));
+    hashes_free(&h);
+}
+
+struct mapped {
+    int fd, pagemap, uffd;
+    uint8_t *at;
+};
+
+static int file_of_pages(const char *dir)
+{
+    char name[200];
+    snprintf(name, sizeof name, "%s/memsync-track-XXXXXX", dir);
+    int fd = mkstemp(name);
+    assert_true(fd >= 0);
+    unlink(name);
+    assert_int_equal(ftruncate(fd, PAGES * PAGE), 0);
+    return fd;
+}
+
+static bool arm(struct mapped *m, const char *dir)
+{
+    m->fd = file_of_pages(dir);
+    m->at = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, m->fd, 0);
+    m->pagemap = open("/proc/self/pagemap", O_RDONLY);
+    m->uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+    struct uffdio_api api = {.api = UFFD_API, .features = KERNEL_UFFD_WP_ASYNC};
+    if (m->uffd < 0 || ioctl(m->uffd, UFFDIO_API, &api) || !(api.features & KERNEL_UFFD_WP_ASYNC))
+        return false;
+    struct uffdio_register reg = {.range = {(uintptr_t)m->at, PAGES * PAGE}, .mode = UFFDIO_REGISTER_MODE_WP};
+    struct uffdio_writeprotect wp = {.range = reg.range, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
+    return !ioctl(m->uffd, UFFDIO_REGISTER, &reg) && !ioctl(m->uffd, UFFDIO_WRITEPROTECT, &wp);
+}
+
+static void disarm(struct mapped *m)
+{
+    munmap(m->at, PAGES * PAGE);
+    close(m->fd);
+    close(m->pagemap);
+    close(m->uffd);
+}
+
+/* The same fact for both trackers: pages 3 and 200 were stored to, and nothing else is said by the one that is exact. */
+static void stores_are_found_once(const struct track_ops *ops, const char *dir)
+{
+    struct mapped m;
+    struct hashes none = {0};
+    if (!arm(&m, dir))
+        skip();
+    struct track_map map = {ops, m.pagemap, (uintptr_t)m.at, PAGES * PAGE, 0};
+    struct track_file file = {m.fd, PAGES * PAGE, &none};
+    struct extents e = {0};
+    assert_int_equal(ops->arm(&map), 0);
+    m.at[3 * PAGE + 5] = 1;
+    m.at[200 * PAGE] = 1;
+    assert_int_equal(track_collect(&map, &file, &e), 0);
+    extents_settle(&e, file.size);
+    bool found3 = false, found200 = false;
+    for (size_t i = 0; i < e.count; i++) {
+        found3 |= e.at[i].start <= 3 * PAGE && 3 * PAGE < e.at[i].end;
+        found200 |= e.at[i].start <= 200 * PAGE && 200 * PAGE < e.at[i].end;
+    }
+    assert_true(found3 && found200);
+    if (!ops->reads_all) {
+        assert_int_equal(extents_bytes(&e), 2 * PAGE);
+        e.count = 0;
+        assert_int_equal(track_collect(&map, &file, &e), 0);
+        assert_int_equal(e.count, 0);
+        m.at[200 * PAGE + 9] = 2;
+        msync(m.at, PAGES * PAGE, MS_SYNC);
+        madvise(m.at, PAGES * PAGE, MADV_DONTNEED);
+        assert_int_equal(track_collect(&map, &file, &e), 0);
+        assert_int_equal(extents_bytes(&e), PAGE);
+    }
+    extents_free(&e);
+    disarm(&m);
+}
+
+static void uffd_on_disk(void **state)
+{
+    (void)state;
+    stores_are_found_once(&track_uffd, "/var/tmp");
+}
+
+static void uffd_in_memory(void **state)
+{
+    (void)state;
+    stores_are_found_once(&track_uffd, "/dev/shm");
+}
+
+static void hash_on_disk(void **state)
+{
+    (void)state;
+    stores_are_found_once(&track_hash, "/var/tmp");
+}
+
+/* A scan of a memory map whose program died finds nothing and says success: the tracker must not. */
+static void a_dead_program_is_told(void **state)
+{
+    (void)state;
+    struct mapped m;
+    struct hashes none = {0};
+    if (!arm(&m, "/dev/shm"))
+        skip();
+    int pipes[2];
+    assert_int_equal(pipe(pipes), 0);
+    pid_t child = fork();
+    if (!child) {
+        pause();
+        _exit(0);
+    }
+    char name[64];
+    snprintf(name, sizeof name, "/proc/%d/pagemap", child);
+    int pagemap = open(name, O_RDONLY);
+    assert_true(pagemap >= 0);
+    struct track_map map = {&track_uffd, pagemap, (uintptr_t)m.at, PAGES * PAGE, 0};
+    struct track_file file = {m.fd, PAGES * PAGE, &none};
+    struct extents e = {0};
+    kill(child, SIGKILL);
+    assert_int_equal(waitpid(child, NULL, 0), child);
+    assert_int_equal(track_collect(&map, &file, &e), -ESRCH);
+    extents_free(&e);
+    close(pagemap);
+    disarm(&m);
+}
+
+/* Losing the registration must be an error, not a clean region. */
+static void a_lost_registration_is_told(void **state)
+{
+    (void)state;
+    struct mapped m;
+    struct hashes none = {0};
+    if (!arm(&m, "/dev/shm"))
+        skip();
+    struct track_map map = {&track_uffd, m.pagemap, (uintptr_t)m.at, PAGES * PAGE, 0};
+    struct track_file file = {m.fd, PAGES * PAGE, &none};
+    struct extents e = {0};
+    close(m.uffd);
+    m.uffd = -1;
+    m.at[0] = 1;
+    assert_int_equal(track_collect(&map, &file, &e), -EPERM);
+    extents_free(&e);
+    disarm(&m);
+}
+
+/* A hole where data was published is looked at; other holes are not. */
+static void everything_passes_over_holes(void **state)
+{
+    (void)state;
+    int fd = file_of_pages("/dev/shm");
+    struct hashes h = {0};
+    hashes_room(&h, PAGES);
+    hashes_set(&h, 50, HASH_UNKNOWN);
+    assert_int_equal(pwrite(fd, "x", 1, 7 * PAGE), 1);
+    struct track_file file = {fd, PAGES * PAGE, &h};
+    struct extents e = {0};
+    assert_int_equal(track_everything(&file, &e), 0);
+    extents_settle(&e, file.size);
+    assert_int_equal(e.count, 2);
+    assert_int_equal(e.at[0].start, 7 * PAGE);
+    assert_int_equal(e.at[1].start, 50 * PAGE);
+    assert_int_equal(extents_bytes(&e), 2 * PAGE);
+    extents_free(&e);
+    hashes_free(&h);
+    close(fd);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(extents_settle_sorts_joins_and_cuts),
+        cmocka_unit_test(hashes_of_zeros_are_zero_and_cutting_forgets),
+        cmocka_unit_test(uffd_on_disk),
+        cmocka_unit_test(uffd_in_memory),
+        cmocka_unit_test(hash_on_disk),
+        cmocka_unit_test(a_dead_program_is_told),
+        cmocka_unit_test(a_lost_registration_is_told),
+        cmocka_unit_test(everything_passes_over_holes),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
