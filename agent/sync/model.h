@@ -234,7 +234,8 @@ struct group {
     unsigned programs;
 };
 
-/* local.c */
+/* program.c */
+void program_gone(struct program *p); /* its connection ended */
 void program_notice(struct program *p, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void group_notice(struct group *g, const char *format, ...)
     __attribute__((format(printf, 2, 3))); /* to each of its programs once */
@@ -244,11 +245,13 @@ void answer_drop(struct answer *a, int result); /* the last one answers; the fir
 void program_hold(struct program *p);
 void program_drop(struct program *p);
 void program_check(struct program *p); /* its memory map may be gone: if so, look at it no more */
-bool local_all_acknowledged(const struct local *l);
 
-void local_kick_linger(struct local *l);
+void use_end(struct use *u);
 struct use *use_add(struct program *p, struct body *b, uint32_t number, uint8_t hashed);
 void program_join(struct program *p, struct region *r, const char *group); /* p and r are of one group from now on */
+
+/* messages.c */
+void program_readable(uv_poll_t *poll, int status, int events);
 int own_open(
     int fd,
     const char *path); /* a descriptor of our own for reading, from a passed one (or -1) or the path; negative errno */
