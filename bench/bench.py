@@ -105,7 +105,7 @@ class Bench:
         out = []
         try:
             for line in open(self.log):
-                if re.search(r"\bcapture \d+ regions", line):
+                if re.search(r"\bcapture \S+ regions=", line):
                     out.append({k: int(v) for k, v in re.findall(r"(\w+)=(\d+)", line)})
         except OSError:
             pass

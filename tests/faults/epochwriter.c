@@ -3,6 +3,7 @@
  *   epochwriter write DIR WAYS    goes from epoch to epoch until DIR/../stop exists; says "pid P", then for each epoch
  * "acked N" or "failed N ERRNO" epochwriter check DIR         says the epoch that the files in DIR are at: one and the
  * same, with every byte as that epoch left it; 0 for none yet
+ *   epochwriter file DIR NAME     the same of one file, for which the others need not be there
  *
  * Three files, two of them stored to through mappings and one by pwrite. An epoch rewrites some pages of each. Page 0
  * of a file holds the epoch's number and for each other page the epoch that wrote it last; the content of a page
@@ -179,6 +180,11 @@ int main(int argc, char **argv)
         return write_epochs(argv[2], argv[3]);
     if (argc == 3 && !strcmp(argv[1], "check"))
         return check(argv[2]);
-    fprintf(stderr, "usage: epochwriter write DIR WAYS | check DIR\n");
+    for (unsigned f = 0; argc == 4 && f < FILES; f++)
+        if (!strcmp(argv[1], "file") && !strcmp(argv[3], names[f])) {
+            printf("%" PRIu64 "\n", check_file(argv[2], f));
+            return 0;
+        }
+    fprintf(stderr, "usage: epochwriter write DIR WAYS | check DIR | file DIR NAME\n");
     return 2;
 }

@@ -6,7 +6,8 @@
 python=/usr/bin/python3
 
 cases=(strategy rule rule_mode mode_not_built ack_unknown timeout_unknown unreachable unreachable_fail unreachable_block remote_unparsable
-    remote_not_built other_writer foreign_lineage foreign_initial_push name_dots name_clash unreadable store_locked no_rules other_program)
+    remote_not_built other_writer foreign_lineage foreign_initial_push name_dots name_clash unreadable store_locked no_rules other_program
+    agent_missing)
 for strategy in softdirty inotify fuse nbd ublk cuse kmod; do
     cases+=("not_built_$strategy")
 done
@@ -216,6 +217,14 @@ unreadable) # opened for writing only by one who may not read it
     chmod 200 "$W/a"
     shim -- sh -c 'exec >>"$1"; echo text' sh "$W/a" 2>"$T/program.err" || fail "the program ended with $?"
     one_line "$W/a" permission
+    ;;
+agent_missing) # the library was copied without the rest
+    REMOTE=127.0.0.1:1
+    cp "$BUILD/libmemsync_preload.so" "$T/alone.so"
+    PRELOAD=$T/alone.so
+    program "$W/a" 1 MEMSYNC_TIMEOUT=1s
+    one_line memsync-agent install
+    said synced
     ;;
 store_locked) # one agent a directory
     start_remote
