@@ -44,9 +44,10 @@ $(BUILD)/memsync-agent: $(BUILD)/o/agent/main.o $(BUILD)/o/agent/options.o $(age
 	$(call say,LINK,$@)
 	$(Q)$(CC) -o $@ $^ $(AGENT_LIBS)
 
-$(BUILD)/memsync: $(cli_objects) $(agent_objects)
+$(BUILD)/memsync: $(cli_objects) $(agent_objects) $(BUILD)/shim.o/shim/rules.o
 	$(call say,LINK,$@)
-	$(Q)$(CC) -o $@ $^ $(AGENT_LIBS)
+	$(Q)$(CC) -o $@ $^ $(AGENT_LIBS) $(shell pkg-config --libs jansson)
+$(cli_objects): AGENT_FLAGS += $(shell pkg-config --cflags jansson)
 
 $(BUILD)/shim.o/%.o: %.c
 	$(call say,CC,$<)
@@ -73,8 +74,35 @@ $(programs): $(BUILD)/%: %.c
 
 tests: all $(units) $(programs)
 
+deps:
+	@tests/deps.sh
+
+# These install what they need first, so the rest is another make's work.
+demo:
+	@tests/deps.sh build demo
+	@$(MAKE) --no-print-directory all
+	@BUILD=$(BUILD) agent/cli/demo.sh
+
+check:
+	@tests/deps.sh build check
+	@$(MAKE) --no-print-directory tests
+	@BUILD=$(BUILD) tests/run.sh
+
+to := $(DESTDIR)$(PREFIX)
+install: all
+	install -d $(to)/bin $(to)/lib $(to)/share/man/man1 $(to)/share/man/man7 $(to)/share/man/man8
+	install -m 755 $(BUILD)/memsync $(BUILD)/memsync-agent $(to)/bin
+	install -m 644 $(BUILD)/libmemsync_preload.so $(to)/lib
+	install -m 644 agent/cli/memsync.1 $(to)/share/man/man1
+	install -m 644 shim/memsync_preload.7 $(to)/share/man/man7
+	install -m 644 agent/memsync-agent.8 $(to)/share/man/man8
+
+uninstall:
+	rm -f $(to)/bin/memsync $(to)/bin/memsync-agent $(to)/lib/libmemsync_preload.so
+	rm -f $(to)/share/man/man1/memsync.1 $(to)/share/man/man7/memsync_preload.7 $(to)/share/man/man8/memsync-agent.8
+
 clean:
 	rm -rf $(BUILD)
 
-.PHONY: all tests clean
+.PHONY: all tests deps demo check install uninstall clean
 .SECONDARY:
