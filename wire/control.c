@@ -162,7 +162,8 @@ int control_map_get(const void *p, size_t len, struct control_map *m)
     m->addr = rd_u64(&r);
     m->len = rd_u64(&r);
     m->offset = rd_u64(&r);
-    if (m->tracker > CONTROL_TRACK_HASH || !range_good(m->addr, m->len) || m->offset > (uint64_t)INT64_MAX - m->len)
+    if (m->tracker > CONTROL_TRACK_HASH || !range_good(m->addr, m->len) || m->len > INT64_MAX ||
+        m->offset > (uint64_t)INT64_MAX - m->len)
         return -EPROTO;
     return get_end(&r);
 }
@@ -359,7 +360,7 @@ int control_socket_path(char *to, size_t cap, const char *env_agent, const char 
         *--at = (char)('0' + uid % 10);
     while (uid /= 10);
     char dir[64];
-    if (join(dir, sizeof dir, "/tmp/memsync-", digits))
+    if (join(dir, sizeof dir, "/tmp/memsync-", at))
         return -ENAMETOOLONG;
     return join(to, cap, dir, "/agent.sock");
 }
