@@ -13,6 +13,7 @@
 #define SCRATCH (512u << 10)
 #define RACY_NS 50000000       /* a file's time stamps tell a change only when older than the clock's tick by far */
 #define SMALL_PASS (16u << 20) /* what is read while degraded programs are made to wait once */
+#define SCAN_RETRY_MS 20u     /* a dying program is soon seen to be gone */
 #define QUEUED_HIGH (8u << 20) /* given to the connection and not yet gone: reading waits */
 
 static uint64_t now_us(void)
@@ -572,6 +573,7 @@ static void scan_done(void *arg)
             program_check(p->owners[m]);
     }
     if (err && (!c->scan_only || c->aborted)) {
+        c->group->retry_at = uv_now(c->group->link->local->loop) + SCAN_RETRY_MS;
         capture_fail(c);
         return;
     }

@@ -99,7 +99,8 @@ static void disarm(struct mapped *m)
     close(m->uffd);
 }
 
-/* The same fact for both trackers: pages 3 and 200 were stored to, and nothing else is said by the one that is exact. */
+/* The same fact for both trackers: pages 3 and 200 were stored to, and nothing else is said by the one that is exact.
+ */
 static void stores_are_found_once(const struct track_ops *ops, const char *dir)
 {
     struct mapped m;
