@@ -59,7 +59,7 @@ $(BUILD)/o/%.o: %.c
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(AGENT_FLAGS) -c -o $@ $<
 
-$(BUILD)/tests/unit/%: $(BUILD)/o/tests/unit/%.o $(agent_objects) $(BUILD)/shim.o/shim/rules.o
+$(BUILD)/tests/unit/%: $(BUILD)/o/tests/unit/%.o $(agent_objects) $(BUILD)/shim.o/shim/rules.o $(BUILD)/shim.o/shim/ranges.o
 	$(call say,LINK,$@)
 	@mkdir -p $(@D)
 	$(Q)$(CC) -o $@ $^ $(AGENT_LIBS) -lcmocka
