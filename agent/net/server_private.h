@@ -121,13 +121,13 @@ void session_failed(struct session *s, uint32_t stream, uint64_t seq, uint16_t c
 void session_violated(struct session *s, const char *what); /* malformed or out of order: the connection ends */
 
 /* session_epoch.c */
-void epoch_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *payload);
-void epoch_drop_stream(struct session *s, uint32_t stream);
-void epoch_drop_opened(struct session *s);
-void epoch_orphan(struct session *s); /* the session ends */
+void session_epoch_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *payload);
+void session_epoch_drop(struct session *s, uint32_t stream);
+void session_epoch_drop_all(struct session *s);
+void session_epoch_orphan(struct session *s); /* the session ends */
 
 /* session_read.c */
-void request_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *payload);
-void request_orphan(struct session *s);
+void session_request_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *payload);
+void session_request_orphan(struct session *s);
 
 #endif

@@ -201,7 +201,7 @@ static void on_frame(void *owner, uint32_t stream, uint8_t type, struct buf *p)
     }
     switch (type) {
     case FRAME_CLOSE:
-        epoch_drop_stream(s, get_u32(p->data));
+        session_epoch_drop(s, get_u32(p->data));
         break;
     case FRAME_ATTACH:
         on_attach(s, stream, p);
@@ -215,7 +215,7 @@ static void on_frame(void *owner, uint32_t stream, uint8_t type, struct buf *p)
     case FRAME_PAGES:
     case FRAME_END:
     case FRAME_ABORT:
-        epoch_frame(s, stream, type, p);
+        session_epoch_frame(s, stream, type, p);
         break;
     case FRAME_LIST:
     case FRAME_PIN:
@@ -223,7 +223,7 @@ static void on_frame(void *owner, uint32_t stream, uint8_t type, struct buf *p)
     case FRAME_HASH:
     case FRAME_UNPIN:
     case FRAME_REMOVE:
-        request_frame(s, stream, type, p);
+        session_request_frame(s, stream, type, p);
         break;
     default:
         session_violated(s, "a frame that only servers send");
@@ -248,8 +248,8 @@ static void on_closed(void *owner, int err, const char *why)
     struct session *s = owner;
     struct server *server = s->server;
     log_at(err ? LOG_WARN : LOG_INFO, "%s", why);
-    epoch_orphan(s);
-    request_orphan(s);
+    session_epoch_orphan(s);
+    session_request_orphan(s);
     if (s->open)
         store_lease_seen(server->store, &s->peer.identity);
     for (unsigned b = 0; b < SESSION_BUCKETS; b++)
@@ -301,6 +301,6 @@ void session_look(struct session *s)
 void session_stop(struct session *s)
 {
     s->leaving = true;
-    epoch_drop_opened(s);
+    session_epoch_drop_all(s);
     session_look(s);
 }

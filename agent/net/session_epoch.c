@@ -199,7 +199,7 @@ static void epoch_end(struct session *s, struct epoch *e, const struct buf *p)
     store_txn_commit(txn, on_durable, e);
 }
 
-void epoch_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *p)
+void session_epoch_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *p)
 {
     struct epoch *e = epoch_of(s, stream);
     if (type == FRAME_BEGIN ? !!e : !e) {
@@ -217,7 +217,7 @@ void epoch_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *p
     }
 }
 
-void epoch_drop_stream(struct session *s, uint32_t stream)
+void session_epoch_drop(struct session *s, uint32_t stream)
 {
     struct epoch *e = epoch_of(s, stream);
     if (e) {
@@ -231,7 +231,7 @@ void epoch_drop_stream(struct session *s, uint32_t stream)
         e->stream = 0;
 }
 
-void epoch_drop_opened(struct session *s)
+void session_epoch_drop_all(struct session *s)
 {
     struct epoch *e;
     while ((e = TAILQ_FIRST(&s->opened))) {
@@ -242,9 +242,9 @@ void epoch_drop_opened(struct session *s)
     }
 }
 
-void epoch_orphan(struct session *s)
+void session_epoch_orphan(struct session *s)
 {
-    epoch_drop_opened(s);
+    session_epoch_drop_all(s);
     struct epoch *e;
     while ((e = TAILQ_FIRST(&s->pending))) {
         TAILQ_REMOVE(&s->pending, e, link);

@@ -228,7 +228,7 @@ static void pin_give_back(struct pin **slot)
     pin_look(p);
 }
 
-void request_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *payload)
+void session_request_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *payload)
 {
     char name[NAME_CAP];
     struct rd rd = rd_over(payload->data, payload->len);
@@ -259,7 +259,7 @@ void request_frame(struct session *s, uint32_t stream, uint8_t type, struct buf 
     }
 }
 
-void request_orphan(struct session *s)
+void session_request_orphan(struct session *s)
 {
     struct request *r;
     while ((r = TAILQ_FIRST(&s->requests))) {

@@ -388,10 +388,12 @@ static void refuses_flipped_bits(void **state)
         raw_write(fd, f, sizeof f);
         static const uint8_t more[FRAME_PAYLOAD_MAX]; /* for a length that became greater */
         raw_write(fd, more, sizeof more);
+        char text[FRAME_TEXT_MAX];
+        assert_true(raw_error(fd, text));
+        close(fd);
         UNTIL(e->closed);
         assert_true(e->err == -EPROTO || e->err == -EBADMSG);
         assert_int_equal(e->frames, 0);
-        close(fd);
         free(e);
     }
 }
