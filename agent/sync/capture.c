@@ -13,7 +13,10 @@
 #define SCRATCH (512u << 10)
 #define RACY_NS 50000000       /* a file's time stamps tell a change only when older than the clock's tick by far */
 #define SMALL_PASS (16u << 20) /* what is read while degraded programs are made to wait once */
-#define SCAN_RETRY_MS 20u     /* a dying program is soon seen to be gone */
+#define SCAN_RETRY_MS 20u      /* a dying program is soon seen to be gone */
+#define AT_ONCE_MAPPED (128u << 20) /* scanned in some 60 us, and */
+#define AT_ONCE_READ (128u << 10)   /* read in as much: then the loop does it itself */
+#define AT_ONCE_PARTS 16u
 #define QUEUED_HIGH (8u << 20) /* given to the connection and not yet gone: reading waits */
 
 static uint64_t now_us(void)
@@ -222,6 +225,7 @@ static void read_work(void *arg)
                 len = budget;
             read_run(b, scratch, p->at, len);
             budget -= len;
+            __atomic_store_n(&p->looked, p->looked + len, __ATOMIC_RELAXED);
             p->at += len;
             if (p->at == end && ++p->extent < p->todo.count)
                 p->at = p->todo.at[p->extent].start;
@@ -307,6 +311,19 @@ static bool joins_pass(const struct capture *c, const struct region *r)
     return r->attach == ATTACH_DONE && r->body->created && (!r->body->moved || epoch_touched(c->epoch, r->body));
 }
 
+static bool short_scan(const struct capture *c)
+{
+    uint64_t mapped = 0;
+    for (size_t i = 0; i < c->nparts; i++) {
+        const struct part *p = &c->parts[i];
+        if (p->everything || p->by_hash)
+            return false;
+        for (size_t m = 0; m < p->nmaps; m++)
+            mapped += p->maps[m].ops->reads_all ? AT_ONCE_MAPPED + 1 : p->maps[m].len;
+    }
+    return c->nparts <= AT_ONCE_PARTS && mapped <= AT_ONCE_MAPPED;
+}
+
 /* One pass: everything that the group now has. */
 static int pass_start(struct capture *c)
 {
@@ -334,9 +351,14 @@ static int pass_start(struct capture *c)
     for (struct waiter *w = g->waiters; w; w = w->next)
         if (!w->captured && !(c->scan_only && w->kind == WAIT_SYNC))
             w->assigned = true;
-    if (!rc)
-        rc = job_run(g->link->local->loop, scan_work, scan_done, c);
-    return rc;
+    if (rc)
+        return rc;
+    c->at_once = short_scan(c);
+    if (!c->at_once)
+        return job_run(g->link->local->loop, scan_work, scan_done, c);
+    scan_work(c);
+    scan_done(c);
+    return 0;
 }
 
 static void capture_end(struct capture *c)
@@ -520,7 +542,10 @@ static int announce(struct capture *c, struct part *p)
 static void read_next(struct capture *c)
 {
     c->phase = CAPTURE_READING;
-    if (job_run(c->group->link->local->loop, read_work, read_done, c)) {
+    if (c->at_once) {
+        read_work(c);
+        read_done(c);
+    } else if (job_run(c->group->link->local->loop, read_work, read_done, c)) {
         c->err = -ENOMEM;
         capture_fail(c);
     }
@@ -552,9 +577,11 @@ static bool begin_reading(struct capture *c)
         b->stat_mtime = p->mtime;
         b->stat_ctime = p->ctime;
         b->stat_seen = p->seen;
-        todo += extents_bytes(&p->todo);
+        p->todo_bytes = extents_bytes(&p->todo);
+        todo += p->todo_bytes;
     }
     c->final = todo <= SMALL_PASS;
+    c->at_once &= todo <= AT_ONCE_READ;
     return true;
 }
 

@@ -12,6 +12,9 @@
  * A job borrows: bodies' descriptors and published hashes, programs' pagemaps and marks, by holds taken before it
  * starts; maps are copied. The loop thread touches none of a body's `published` while its group has a capture.
  *
+ * A capture that is sure to be short (AT_ONCE_*) is made on the loop thread at once: two changes of thread cost more
+ * than it does, and a sync point that changed a page or two waits for nothing else.
+ *
  * If the program dies before the scan is over: nothing of the capture is sent, its bodies become unknown. If it dies
  * after: the capture goes on, since the files still have the bytes. If we die: the remote drops the open epoch; the
  * next agent finds every body unknown. */
@@ -39,6 +42,7 @@ struct part {
     struct extents todo;
     size_t extent;
     uint64_t at, from_size, cut;
+    uint64_t todo_bytes, looked; /* looked: of these, so far; written by the job, atomically */
     bool prepared, announce, moved;
 };
 
@@ -47,7 +51,7 @@ enum capture_phase { CAPTURE_SCANNING, CAPTURE_READING, CAPTURE_PAUSED };
 struct capture {
     struct group *group;
     enum capture_phase phase;
-    bool scan_only, aborted, final;
+    bool scan_only, aborted, final, at_once;
     unsigned pass;
     struct part *parts;
     size_t nparts, part; /* part: being read */

@@ -28,7 +28,7 @@ static uint64_t now_of(const struct group *g)
 struct group *group_of(struct link *k, const char *name)
 {
     for (struct group *g = k->groups; g && *name; g = g->next)
-        if (g->name && !strcmp(g->name, name))
+        if (g->name && !g->merged && !strcmp(g->name, name))
             return g;
     struct group *g = calloc(1, sizeof *g);
     if (!g)
@@ -299,7 +299,7 @@ void group_captured(struct group *g)
  * captures under way. */
 struct group *group_merge(struct group *a, struct group *b)
 {
-    if (a == b || a->merging || b->merging)
+    if (a == b || a->merging || b->merging || a->merged || b->merged)
         return a;
     if (a->capture || b->capture) {
         a->merging = b;
@@ -341,13 +341,7 @@ struct group *group_merge(struct group *a, struct group *b)
     }
     b->ops = NULL;
     b->waiters = NULL;
-    struct link *k = b->link;
-    struct group **from = &k->groups;
-    while (*from != b)
-        from = &(*from)->next;
-    *from = b->next;
-    free(b->name);
-    free(b);
+    b->merged = true; /* freed by the clock: somebody may be walking along the groups */
     group_kick(a);
     return a;
 }

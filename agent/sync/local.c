@@ -165,9 +165,15 @@ static void tick(uv_timer_t *t)
             __atomic_fetch_add(&p->shared->beats, 1, __ATOMIC_RELAXED);
     for (struct link *k = l->links; k; k = k->next) {
         link_tick(k, now);
-        for (struct group *g = k->groups, *next; g; g = next) {
-            next = g->next;
+        for (struct group **at = &k->groups; *at;) {
+            struct group *g = *at;
             group_tick(g, now);
+            if (!g->merged) {
+                at = &g->next;
+                continue;
+            }
+            *at = g->next;
+            group_free(g);
         }
     }
     if (l->stopping) {

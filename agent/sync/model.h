@@ -215,6 +215,7 @@ struct op {
 struct group {
     struct group *next; /* of the link */
     struct group *merging;
+    bool merged; /* into another: empty */
     struct link *link;
     struct region *regions;
     char *name; /* of group=, or NULL */

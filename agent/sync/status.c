@@ -1,5 +1,5 @@
 /* What `memsync status` shows, as one JSON object. */
-#include "agent/sync/model.h"
+#include "agent/sync/capture.h"
 #include "agent/base/version.h"
 
 #include <stdio.h>
@@ -39,6 +39,12 @@ static void lag(FILE *f, const struct local *l, const struct region *r)
                 bytes += e->bytes;
                 since = since ? since : e->captured_at;
             }
+    for (size_t i = 0; g->capture && i < g->capture->nparts; i++) {
+        const struct part *p = &g->capture->parts[i];
+        uint64_t looked = __atomic_load_n(&p->looked, __ATOMIC_RELAXED);
+        if (p->body == r->body && p->todo_bytes > looked)
+            bytes += p->todo_bytes - looked;
+    }
     if (g->degraded)
         since = g->degraded_since;
     fprintf(f, "\"lag_epochs\":%llu,\"lag_bytes\":%llu,\"lag_seconds\":%.3f,", (unsigned long long)epochs,
