@@ -130,8 +130,8 @@ static int option_take(struct options *o, int opt)
     case OPT_HELP:
         fputs(help, stdout);
         return 0;
-    default: /* getopt_long has said what */
-        return 2;
+    default: /* getopt_long has said what is wrong */
+        return fault(2, "it takes no such option");
     }
 }
 

@@ -46,7 +46,7 @@ static void on_refused_closed(uv_handle_t *h)
 
 int server_take(struct server *s, uv_stream_t *stream)
 {
-    int rc = s->stopping ? -ESHUTDOWN : session_new(s, stream);
+    int rc = s->stopping ? -ESHUTDOWN : s->peers >= SERVER_PEERS ? -EUSERS : session_new(s, stream);
     if (rc < 0)
         uv_close((uv_handle_t *)stream, on_refused_closed);
     return rc;

@@ -18,7 +18,8 @@
 #define SESSION_PENDING 16384u
 #define SESSION_UNREAD (64u << 20)  /* bytes of answers a peer may leave unread */
 #define SESSION_EPOCH_NOTES 262144u /* OP and REGION frames in one epoch: they are not under the window */
-#define SESSION_BUCKETS 4096u
+#define SESSION_BUCKETS 1024u
+#define SERVER_PEERS 1024u
 
 struct handle {
     TAILQ_ENTRY(handle) by_id, by_name;
@@ -60,7 +61,7 @@ struct request {
     struct session *session;
     struct server *server;
     struct pin *pin;
-    uint32_t stream, number;
+    uint32_t stream, number; /* stream 0: closed meanwhile */
 };
 TAILQ_HEAD(request_list, request);
 
@@ -128,6 +129,7 @@ void session_epoch_orphan(struct session *s); /* the session ends */
 
 /* session_read.c */
 void session_request_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *payload);
+void session_request_drop(struct session *s, uint32_t stream); /* it was closed: nobody to answer */
 void session_request_orphan(struct session *s);
 
 #endif

@@ -13,7 +13,9 @@
 
 void session_reply(struct session *s, uint32_t stream, uint8_t type, const void *payload, size_t len)
 {
-    struct buf *b = buf_new(len);
+    struct buf *b = stream ? buf_new(len) : NULL;
+    if (!stream)
+        return; /* closed meanwhile */
     if (!b) {
         session_violated(s, "no memory for an answer");
         return;
@@ -202,6 +204,7 @@ static void on_frame(void *owner, uint32_t stream, uint8_t type, struct buf *p)
     switch (type) {
     case FRAME_CLOSE:
         session_epoch_drop(s, get_u32(p->data));
+        session_request_drop(s, get_u32(p->data));
         break;
     case FRAME_ATTACH:
         on_attach(s, stream, p);

@@ -114,7 +114,7 @@ static void on_data(void *arg, int err, struct buf *data)
     if (s && err < 0) {
         refuse(s, r->stream, r->number, err,
                err == -ENOBUFS ? "the pinned epoch could not be kept: too much was overwritten since" : NULL);
-    } else if (s) {
+    } else if (s && r->stream) {
         uint32_t len = data ? data->len : 0;
         bool zeros = all_zero(data ? data->data : NULL, len);
         struct buf *b = buf_new(9 + (zeros ? 0 : len));
@@ -141,7 +141,7 @@ static void on_hashes(void *arg, int err, struct buf *data)
     if (s && err < 0) {
         refuse(s, r->stream, r->number, err,
                err == -ENOBUFS ? "the pinned epoch could not be kept: too much was overwritten since" : NULL);
-    } else if (s) {
+    } else if (s && r->stream) {
         uint32_t len = data ? data->len : 0;
         struct buf *b = buf_new(8 + len);
         if (b) {
@@ -257,6 +257,14 @@ void session_request_frame(struct session *s, uint32_t stream, uint8_t type, str
         if (p)
             pin_give_back(p);
     }
+}
+
+void session_request_drop(struct session *s, uint32_t stream)
+{
+    struct request *r;
+    TAILQ_FOREACH(r, &s->requests, link)
+    if (r->stream == stream)
+        r->stream = 0;
 }
 
 void session_request_orphan(struct session *s)

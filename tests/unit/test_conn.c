@@ -677,11 +677,6 @@ static void speed(void **state)
     free(e);
 }
 
-void agent_leave(void);
-void agent_leave(void)
-{
-}
-
 int main(void)
 {
     uv_loop_init(&loop);
