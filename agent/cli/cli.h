@@ -17,8 +17,8 @@ enum {
     OPTION_FORCE = 1 << 2,
     OPTION_FILE = 1 << 3,
     OPTION_NAME = 1 << 4,
-    OPTION_RUN =
-        1 << 5, /* --region --strategy --ack --explain, and the program's own arguments begin at the first word */
+    OPTION_RUN = 1 << 5, /* --region --strategy --ack --explain; the program's own arguments begin at the first word */
+    OPTION_NEEDED = 1 << 6, /* the remote: by option or by variable */
 };
 
 #define ARGS_REGIONS 64u

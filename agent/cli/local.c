@@ -94,7 +94,7 @@ int local_connect(struct local_agent *l)
 {
     *l = (struct local_agent){.fd = -1};
     if (control_socket_path(l->socket, sizeof l->socket, getenv("MEMSYNC_AGENT"), getenv("XDG_RUNTIME_DIR"),
-                            getuid())) {
+                            geteuid())) {
         cli_say("the path of the agent's socket is too long; set MEMSYNC_AGENT to a shorter one");
         return -ENAMETOOLONG;
     }

@@ -14,7 +14,7 @@ static const struct command commands[] = {
      "are\n"
      "those of MEMSYNC_REGIONS, see memsync_preload(7). --explain says on stderr what matched, how it is tracked, and "
      "why not.\n",
-     OPTION_REMOTE | OPTION_RUN, 1, -1, command_run},
+     OPTION_REMOTE | OPTION_NEEDED | OPTION_RUN, 1, -1, command_run},
     {"status", "", "what is replicated, how far behind, what is wrong",
      "Asks this user's local agent. Exit code 1 when a region is degraded, diverged, fenced or refused.\n", OPTION_JSON,
      0, 0, command_status},
@@ -26,17 +26,17 @@ static const struct command commands[] = {
      OPTION_REMOTE | OPTION_JSON, 0, -1, command_doctor},
     {"ls", "", "regions at the remote",
      "One line a region: name, size, epoch, age of the last epoch, who holds the writer's lease.\n",
-     OPTION_REMOTE | OPTION_JSON, 0, 0, command_ls},
+     OPTION_REMOTE | OPTION_NEEDED | OPTION_JSON, 0, 0, command_ls},
     {"export", "REGION FILE", "copy a region's last epoch from the remote into a file",
      "The epoch is pinned while it is read, so the copy is exactly one epoch even while more arrive. FILE is replaced "
      "in one step at the\n"
      "end; zeros become holes.\n",
-     OPTION_REMOTE, 2, 2, command_export},
+     OPTION_REMOTE | OPTION_NEEDED, 2, 2, command_export},
     {"import", "FILE REGION", "make a region at the remote from a file",
      "Takes the writer's lease for as long as it lasts; all of the file becomes the region's first epoch, or nothing "
      "of it. --force\n"
      "replaces a region that has that name.\n",
-     OPTION_REMOTE | OPTION_FORCE, 2, 2, command_import},
+     OPTION_REMOTE | OPTION_NEEDED | OPTION_FORCE, 2, 2, command_import},
     {"verify", "REGION", "compare a file here with its region at the remote",
      "Compares the hashes of all pages. The file is the one that the local agent tracks under this name, or --file "
      "PATH. A tracked file is\n"
@@ -45,7 +45,7 @@ static const struct command commands[] = {
      OPTION_REMOTE | OPTION_FILE | OPTION_JSON, 1, 1, command_verify},
     {"rm", "REGION", "remove a region at the remote",
      "The content at the remote is gone for good. Refused while a writer holds its lease, except with --force.\n",
-     OPTION_REMOTE | OPTION_FORCE, 1, 1, command_rm},
+     OPTION_REMOTE | OPTION_NEEDED | OPTION_FORCE, 1, 1, command_rm},
     {"recover", "DIRECTORY", "make a stopped store's plain files exact",
      "DIRECTORY is that of --store file:DIRECTORY. Applies what its journal holds; needed only after a kill or a power "
      "cut, and only when\n"
@@ -57,7 +57,7 @@ static const struct command commands[] = {
      "The local agent (started when there is none) finds changes by hashing, once in an interval (MEMSYNC_INTERVAL). "
      "--name NAME: the\n"
      "region's name; else the path without its leading slash.\n",
-     OPTION_REMOTE | OPTION_NAME, 1, 1, command_watch},
+     OPTION_REMOTE | OPTION_NEEDED | OPTION_NAME, 1, 1, command_watch},
     {"stop", "", "stop the local agent once everything is at the remote",
      "Programs run on; what they store later is not replicated until an agent runs again.\n", 0, 0, 0, command_stop},
 };
@@ -211,6 +211,8 @@ static int parse(const struct command *c, int argc, char **argv, struct args *a)
     const char *remote = getenv("MEMSYNC_REMOTE");
     if (!a->remote && remote && *remote)
         a->remote = remote;
+    if (!a->remote && c->options & OPTION_NEEDED)
+        return cli_fail(CLI_USAGE, "no remote: give --remote ADDRESS or set MEMSYNC_REMOTE");
     return -1;
 }
 

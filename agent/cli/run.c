@@ -124,8 +124,6 @@ int command_run(const struct args *a)
         return cli_fail(CLI_USAGE, "--ack %s is none; these are: durable, received, async", a->ack);
     if (a->regions && (code = set_regions(a)))
         return code;
-    if (!a->remote)
-        return cli_fail(CLI_USAGE, "no remote; give --remote ADDRESS or set MEMSYNC_REMOTE");
     const char *regions = getenv("MEMSYNC_REGIONS");
     if (!regions || !*regions)
         cli_say("no file will be replicated: give --region RULE or set MEMSYNC_REGIONS");

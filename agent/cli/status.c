@@ -202,8 +202,6 @@ int command_watch(const struct args *a)
     int code = watch_terms(&w.terms);
     if (code)
         return code;
-    if (!a->remote)
-        return cli_fail(CLI_USAGE, "no remote; give --remote ADDRESS or set MEMSYNC_REMOTE");
     char path[PATH_MAX];
     struct stat st;
     if (!realpath(a->words[0], path) || stat(path, &st))
