@@ -392,6 +392,8 @@ static struct buf *fenced_now(const struct epoch *e, struct buf *old)
 static void epoch_send(struct group *g, struct epoch *e)
 {
     struct conn *c = g->link->conn;
+    if (!e->count)
+        return; /* nothing has changed yet, and perhaps nothing will have */
     if (!e->begun) {
         e->begun = true;
         e->stream = g->stream;
