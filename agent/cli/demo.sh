@@ -61,7 +61,7 @@ if len(sys.argv) > 2:
 PROGRAM
 sed -n '2,6p' "$work/app.py" | sed 's/^/    /'
 cat <<COMMAND
-\$ LD_PRELOAD=libmemsync_preload.so MEMSYNC_REMOTE=$remote MEMSYNC_REGIONS='./db/data.mdb,name=db' python3 app.py ./db
+\$ LD_PRELOAD=libmemsync_preload.so MEMSYNC_REMOTE=$remote MEMSYNC_REGIONS=\$PWD/db/data.mdb,name=db python3 app.py ./db
 COMMAND
 mkfifo "$work/in"
 LD_PRELOAD=$build/libmemsync_preload.so MEMSYNC_REMOTE=$remote MEMSYNC_REGIONS="$work/db/data.mdb,name=db" \

@@ -146,11 +146,20 @@ static bool changed(const struct import *m)
            now.st_mtim.tv_nsec != m->before.st_mtim.tv_nsec;
 }
 
-static int import(struct import *m, bool force)
+/* Gives the lease back, and forgets the epoch if it is still open. */
+static void leave(struct import *m, bool open)
 {
-    int file_error = 0, code = attach(m, force);
-    if (code)
-        return code;
+    uint8_t seq[8], handle[4];
+    put_u64(seq, SEQ);
+    put_u32(handle, HANDLE);
+    if (open)
+        peer_send(m->peer, FRAME_ABORT, seq, sizeof seq);
+    peer_send(m->peer, FRAME_DETACH, handle, sizeof handle);
+}
+
+static int send_all(struct import *m)
+{
+    int file_error = 0;
     progress_start(&m->progress, m->name, (uint64_t)m->before.st_size);
     int rc = begin(m);
     if (!rc)
@@ -163,17 +172,29 @@ static int import(struct import *m, bool force)
                         m->file);
     if (file_error)
         return cli_fail(CLI_FAILED, "%s cannot be read: %s", m->file, strerror(-file_error));
-    if (!rc)
-        rc = commit(m);
-    if (rc)
-        return cli_fail(CLI_FAILED, "%s at %s: %s", m->name, m->peer->address, m->peer->error);
-    uint8_t handle[4];
-    put_u32(handle, HANDLE);
-    peer_send(m->peer, FRAME_DETACH, handle, sizeof handle);
+    return rc ? cli_fail(CLI_FAILED, "%s at %s: %s", m->name, m->peer->address, m->peer->error) : 0;
+}
+
+static int import(struct import *m, bool force)
+{
+    int code = attach(m, force);
+    if (code) {
+        leave(m, false);
+        return code;
+    }
+    code = send_all(m);
+    if (code) {
+        leave(m, true);
+        return code;
+    }
+    if (commit(m))
+        code = cli_fail(CLI_FAILED, "%s at %s: %s", m->name, m->peer->address, m->peer->error);
+    leave(m, false);
     char size[32];
-    printf("%s: epoch 1, %s (%llu bytes) from %s\n", m->name, cli_bytes((uint64_t)m->before.st_size, size),
-           (unsigned long long)m->before.st_size, m->file);
-    return CLI_DONE;
+    if (!code)
+        printf("%s: epoch 1, %s (%llu bytes) from %s\n", m->name, cli_bytes((uint64_t)m->before.st_size, size),
+               (unsigned long long)m->before.st_size, m->file);
+    return code;
 }
 
 int command_import(const struct args *a)

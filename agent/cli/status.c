@@ -68,7 +68,7 @@ static void print_status(json_t *status)
 {
     size_t i;
     json_t *each, *regions = json_object_get(status, "regions"), *programs = json_object_get(status, "programs");
-    printf("agent %lld, %zu programs, %zu regions\n", (long long)number_of(status, "pid"), json_array_size(programs),
+    printf("agent %lld; programs: %zu; regions: %zu\n", (long long)number_of(status, "pid"), json_array_size(programs),
            json_array_size(regions));
     json_array_foreach(json_object_get(status, "remotes"), i, each)
     {

@@ -208,7 +208,8 @@ static int report(struct verify *v, struct pages *d, bool json)
     } else {
         printf("different:");
         if (v->size != v->entry.size)
-            printf(" %llu bytes here, %llu there;", (unsigned long long)v->size, (unsigned long long)v->entry.size);
+            printf(" %llu bytes here, %llu there%s", (unsigned long long)v->size, (unsigned long long)v->entry.size,
+                   d->count ? ";" : "");
         if (d->count)
             printf(" pages");
         print_runs(d);
