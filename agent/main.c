@@ -80,6 +80,7 @@ static void process_setup(void)
     /* Payloads come and go by the megabyte: giving their pages back each time costs more than the copying. */
     mallopt(M_TRIM_THRESHOLD, 64 << 20);
     mallopt(M_MMAP_THRESHOLD, 1 << 20);
+    mallopt(M_ARENA_MAX, 2); /* or each thread of the pool warms up pages of its own */
 }
 
 static void say_listening(const char *what, const char *where)
