@@ -352,11 +352,12 @@ void calls_install(const char *spec)
                 calls[i].name);
 }
 
-/* Only now is it certain: what is hooked may come from a library opened late. */
+/* Only now is it certain: what is hooked may come from a library opened late. Programs that track nothing are not
+ * meant. */
 __attribute__((destructor)) static void calls_unseen(void)
 {
     for (unsigned i = 0; i < calls_count; i++)
-        if (!calls[i].hooked && shim_mine())
+        if (!calls[i].hooked && shim_mine() && client_used())
             say(SAY_WARN,
                 "MEMSYNC_HOOKS: '%s' was never hooked: neither the program nor a library of it calls it through its "
                 "offset table; is the "
