@@ -19,6 +19,7 @@
 #define SESSION_UNREAD (64u << 20)  /* bytes of answers a peer may leave unread */
 #define SESSION_EPOCH_NOTES 262144u /* OP and REGION frames in one epoch: they are not under the window */
 #define SESSION_BUCKETS 1024u
+#define SESSION_LANES 64u
 #define SERVER_PEERS 1024u
 
 struct handle {
@@ -34,12 +35,21 @@ struct rename {
     char *old; /* the handle's name before; NULL: was not done */
 };
 
-/* Open: in session.open, until END or ABORT; failed: its txn is gone and what comes for it is dropped. Then pending,
+/* A stream on which there are epochs: one open, and those handed in. Lives until closed and answered. */
+struct lane {
+    TAILQ_ENTRY(lane) link;
+    uint32_t stream; /* 0: closed meanwhile, nobody to tell */
+    unsigned refs;   /* its epochs, and the session's table */
+    struct epoch *open;
+};
+TAILQ_HEAD(lane_list, lane);
+
+/* lane.open from BEGIN until END or ABORT; failed: its txn is gone and what comes for it is dropped. Then pending,
  * until the store says durable. */
 struct epoch {
-    TAILQ_ENTRY(epoch) link;
+    TAILQ_ENTRY(epoch) link; /* session.pending */
     struct session *session;
-    uint32_t stream; /* 0: closed meanwhile, nobody to tell */
+    struct lane *lane;
     uint64_t seq, frames, notes;
     struct store_txn *txn;
     bool failed;
@@ -73,7 +83,8 @@ struct session {
     struct frame_hello peer;
     struct handle_list *by_id, *by_name; /* SESSION_BUCKETS each */
     unsigned handles;
-    struct epoch_list opened, pending;
+    struct lane_list lanes[SESSION_LANES];
+    struct epoch_list pending;
     unsigned pending_n;
     struct request_list requests;
     unsigned requests_n;
@@ -123,9 +134,9 @@ void session_violated(struct session *s, const char *what); /* malformed or out 
 
 /* session_epoch.c */
 void session_epoch_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *payload);
-void session_epoch_drop(struct session *s, uint32_t stream);
-void session_epoch_drop_all(struct session *s);
-void session_epoch_orphan(struct session *s); /* the session ends */
+void session_epoch_drop(struct session *s, uint32_t stream); /* the stream was closed */
+void session_epoch_drop_all(struct session *s);              /* those open */
+void session_epoch_orphan(struct session *s);                /* the session ends */
 
 /* session_read.c */
 void session_request_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *payload);

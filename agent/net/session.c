@@ -282,7 +282,8 @@ int session_new(struct server *server, uv_stream_t *stream)
         TAILQ_INIT(&s->by_id[b]);
         TAILQ_INIT(&s->by_name[b]);
     }
-    TAILQ_INIT(&s->opened);
+    for (unsigned b = 0; b < SESSION_LANES; b++)
+        TAILQ_INIT(&s->lanes[b]);
     TAILQ_INIT(&s->pending);
     TAILQ_INIT(&s->requests);
     s->conn = conn_take(stream, &server->self, &ops, s);

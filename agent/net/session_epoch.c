@@ -19,8 +19,8 @@ static void credit(struct epoch *e, size_t bytes)
     if (bytes > e->owed)
         bytes = e->owed;
     e->owed -= bytes;
-    if (e->session && e->stream && bytes)
-        conn_credit(e->session->conn, e->stream, (uint32_t)bytes);
+    if (e->session && e->lane->stream && bytes)
+        conn_credit(e->session->conn, e->lane->stream, (uint32_t)bytes);
 }
 
 static void on_spilled(void *arg, size_t bytes)
@@ -28,8 +28,37 @@ static void on_spilled(void *arg, size_t bytes)
     credit(arg, bytes);
 }
 
+static struct lane *lane_find(struct session *s, uint32_t stream)
+{
+    struct lane *l;
+    TAILQ_FOREACH(l, &s->lanes[stream % SESSION_LANES], link)
+    if (l->stream == stream)
+        return l;
+    return NULL;
+}
+
+static struct lane *lane_new(struct session *s, uint32_t stream)
+{
+    struct lane *l = calloc(1, sizeof *l);
+    if (!l)
+        return NULL;
+    l->stream = stream;
+    l->refs = 1;
+    TAILQ_INSERT_HEAD(&s->lanes[stream % SESSION_LANES], l, link);
+    return l;
+}
+
+static void lane_drop(struct lane *l)
+{
+    if (!--l->refs)
+        free(l);
+}
+
 static void epoch_free(struct epoch *e)
 {
+    if (e->lane->open == e)
+        e->lane->open = NULL;
+    lane_drop(e->lane);
     for (size_t i = 0; i < e->renames_n; i++)
         free(e->renames[i].old);
     free(e->renames);
@@ -48,19 +77,10 @@ static void epoch_fail(struct epoch *e, int err, const char *text)
 {
     e->failed = true;
     epoch_abort(e);
-    session_failed(e->session, e->stream, e->seq, frame_code_from(err), text);
+    session_failed(e->session, e->lane->stream, e->seq, frame_code_from(err), text);
 }
 
-static struct epoch *epoch_of(struct session *s, uint32_t stream)
-{
-    struct epoch *e;
-    TAILQ_FOREACH(e, &s->opened, link)
-    if (e->stream == stream)
-        return e;
-    return NULL;
-}
-
-static void epoch_begin(struct session *s, uint32_t stream, const struct buf *p)
+static void epoch_begin(struct session *s, struct lane *l, const struct buf *p)
 {
     if (p->len != 8) {
         session_violated(s, "a BEGIN out of form");
@@ -72,11 +92,14 @@ static void epoch_begin(struct session *s, uint32_t stream, const struct buf *p)
         return;
     }
     e->session = s;
-    e->stream = stream;
+    e->lane = l;
     e->seq = get_u64(p->data);
-    TAILQ_INSERT_HEAD(&s->opened, e, link);
+    l->refs++;
+    l->open = e;
     e->txn = store_txn_new(s->server->store, &s->peer.identity, (struct store_names){name_of, s}, on_spilled, e);
-    if (!e->txn)
+    if (e->txn)
+        store_txn_chain(e->txn, l);
+    else
         epoch_fail(e, -ENOBUFS, "no memory for an epoch");
 }
 
@@ -139,7 +162,7 @@ static void renames_undo(struct session *s, struct epoch *e)
     }
     struct epoch *later;
     TAILQ_FOREACH(later, &s->pending, link)
-    if (later->stream == e->stream) {
+    if (later->lane == e->lane) {
         for (size_t i = 0; i < later->renames_n; i++)
             free(later->renames[i].old);
         later->renames_n = 0;
@@ -158,10 +181,10 @@ static void on_durable(void *arg, int err, const char *text)
             renames_undo(s, e);
         uint8_t seq[8];
         put_u64(seq, e->seq);
-        if (e->stream && err < 0)
-            session_failed(s, e->stream, e->seq, frame_code_from(err), text && *text ? text : strerror(-err));
-        else if (e->stream)
-            session_reply(s, e->stream, FRAME_DURABLE, seq, sizeof seq);
+        if (err < 0)
+            session_failed(s, e->lane->stream, e->seq, frame_code_from(err), text && *text ? text : strerror(-err));
+        else
+            session_reply(s, e->lane->stream, FRAME_DURABLE, seq, sizeof seq);
         session_look(s);
     }
     epoch_free(e);
@@ -179,7 +202,7 @@ static void epoch_end(struct session *s, struct epoch *e, const struct buf *p)
                  (unsigned long long)e->frames);
         epoch_fail(e, -EPROTO, text);
     }
-    TAILQ_REMOVE(&s->opened, e, link);
+    e->lane->open = NULL;
     if (e->failed) {
         epoch_free(e);
         return;
@@ -193,7 +216,7 @@ static void epoch_end(struct session *s, struct epoch *e, const struct buf *p)
     TAILQ_INSERT_TAIL(&s->pending, e, link);
     s->pending_n++;
     renames_do(s, e);
-    session_reply(s, e->stream, FRAME_RECEIVED, p->data, 8);
+    session_reply(s, e->lane->stream, FRAME_RECEIVED, p->data, 8);
     struct store_txn *txn = e->txn;
     e->txn = NULL;
     store_txn_commit(txn, on_durable, e);
@@ -201,50 +224,62 @@ static void epoch_end(struct session *s, struct epoch *e, const struct buf *p)
 
 void session_epoch_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *p)
 {
-    struct epoch *e = epoch_of(s, stream);
+    struct lane *l = lane_find(s, stream);
+    if (!l && type == FRAME_BEGIN && !(l = lane_new(s, stream))) {
+        session_violated(s, "no memory for an epoch");
+        return;
+    }
+    struct epoch *e = l ? l->open : NULL;
     if (type == FRAME_BEGIN ? !!e : !e) {
-        session_violated(s, type == FRAME_BEGIN ? "BEGIN within an epoch" : "a frame of an epoch without BEGIN");
+        session_violated(s, e ? "BEGIN within an epoch" : "a frame of an epoch without BEGIN");
     } else if (type == FRAME_BEGIN) {
-        epoch_begin(s, stream, p);
+        epoch_begin(s, l, p);
     } else if (type == FRAME_END) {
         epoch_end(s, e, p);
     } else if (type == FRAME_ABORT) {
         epoch_abort(e);
-        TAILQ_REMOVE(&s->opened, e, link);
         epoch_free(e);
     } else {
         epoch_add(e, type, p);
     }
 }
 
+static void lane_abort(struct lane *l)
+{
+    if (!l->open)
+        return;
+    epoch_abort(l->open);
+    epoch_free(l->open);
+}
+
+static void lane_close(struct session *s, struct lane *l)
+{
+    TAILQ_REMOVE(&s->lanes[l->stream % SESSION_LANES], l, link);
+    l->stream = 0;
+    lane_abort(l);
+    lane_drop(l);
+}
+
 void session_epoch_drop(struct session *s, uint32_t stream)
 {
-    struct epoch *e = epoch_of(s, stream);
-    if (e) {
-        e->stream = 0;
-        epoch_abort(e);
-        TAILQ_REMOVE(&s->opened, e, link);
-        epoch_free(e);
-    }
-    TAILQ_FOREACH(e, &s->pending, link)
-    if (e->stream == stream)
-        e->stream = 0;
+    struct lane *l = lane_find(s, stream);
+    if (l)
+        lane_close(s, l);
 }
 
 void session_epoch_drop_all(struct session *s)
 {
-    struct epoch *e;
-    while ((e = TAILQ_FIRST(&s->opened))) {
-        TAILQ_REMOVE(&s->opened, e, link);
-        e->stream = 0;
-        epoch_abort(e);
-        epoch_free(e);
-    }
+    struct lane *l;
+    for (unsigned b = 0; b < SESSION_LANES; b++)
+        TAILQ_FOREACH(l, &s->lanes[b], link)
+    lane_abort(l);
 }
 
 void session_epoch_orphan(struct session *s)
 {
-    session_epoch_drop_all(s);
+    for (unsigned b = 0; b < SESSION_LANES; b++)
+        while (!TAILQ_EMPTY(&s->lanes[b]))
+            lane_close(s, TAILQ_FIRST(&s->lanes[b]));
     struct epoch *e;
     while ((e = TAILQ_FIRST(&s->pending))) {
         TAILQ_REMOVE(&s->pending, e, link);

@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -679,6 +680,7 @@ static void speed(void **state)
 
 int main(void)
 {
+    signal(SIGPIPE, SIG_IGN);
     uv_loop_init(&loop);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(greets),
