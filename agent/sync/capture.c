@@ -278,7 +278,10 @@ static int part_fill(struct capture *c, struct part *p, struct region *r)
         p->by_hash |= u->hashed && !c->scan_only;
         p->everything |= u->hashed > 1 && !c->scan_only;
     }
-    p->everything |= b->unknown && !c->scan_only;
+    if (!c->scan_only) { /* a program that dies from now on makes it unknown again */
+        p->everything |= b->unknown;
+        b->unknown = false;
+    }
     return 0;
 }
 
@@ -406,6 +409,7 @@ static void give_back(struct capture *c, bool hashes_wrong)
             p->body->min_size = p->min_size;
         if (p->cut < p->from_size && p->cut < p->body->min_size)
             p->body->min_size = p->cut;
+        p->body->unknown |= p->everything;
         if (hashes_wrong || p->body->dirty.lost) {
             p->body->unknown = p->body->refetch = true;
             p->region->attach = p->region->attach == ATTACH_DONE ? ATTACH_LOOSE : p->region->attach;
@@ -573,7 +577,7 @@ static bool begin_reading(struct capture *c)
         b->moved = false;
         b->min_size = UINT64_MAX;
         b->size = p->size;
-        b->unknown = b->killed = false;
+        b->killed &= b->unknown;
         b->stat_mtime = p->mtime;
         b->stat_ctime = p->ctime;
         b->stat_seen = p->seen;
