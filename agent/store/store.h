@@ -36,6 +36,8 @@ struct store_pin;
 int store_open(struct store **out, uv_loop_t *loop, const char *url, char error[STORE_ERROR]);
 /* Finishes the commits handed in, applies everything, syncs the files and empties the journal, so that the plain files are exact. Then done, then freed. */
 void store_close(struct store *s, void (*done)(void *arg), void *arg);
+/* Everything durable by now is put into the plain files and synced; the journal is empty after it, if nothing is committed meanwhile. */
+void store_checkpoint(struct store *s, void (*done)(void *arg), void *arg);
 /* DIR of a file: store, NULL for mem:. */
 const char *store_dir(const struct store *s);
 
@@ -58,8 +60,12 @@ struct store_names {
 
 /* error texts of add and commit go to the peer. */
 struct store_txn *store_txn_new(struct store *s, const struct id *writer, struct store_names names, void (*spilled)(void *arg, size_t bytes), void *arg);
+/* Epochs of one chain (a stream of a session) commit in their order, and once one has failed, those handed in after it until its callback fail too. Without
+ * this call the chain is the session: names.arg. */
+void store_txn_chain(struct store_txn *t, const void *chain);
 /* type is FRAME_OP, FRAME_REGION or FRAME_PAGES; the payload is held as needed. A negative errno (frame_code_from's) spoils the transaction: it can only be
- * aborted. PAGES bytes are told to `spilled` once they no longer are in memory, or at once (from the loop) while the transaction is small. */
+ * aborted. PAGES bytes are told to `spilled` once they no longer are in memory, or at once (from the loop) while the transaction is small; never after
+ * store_txn_abort or `durable`. */
 int store_txn_add(struct store_txn *t, uint8_t type, struct buf *payload, char error[STORE_ERROR]);
 /* The transaction is the store's now. durable(arg, 0 or negative errno, text). */
 void store_txn_commit(struct store_txn *t, void (*durable)(void *arg, int err, const char *text), void *arg);

@@ -1,0 +1,314 @@
+/* What the parts of a store share. Nothing outside agent/store/ includes this, but tests of it do.
+ *
+ *   table.c    names, regions, leases          txn.c     frames into transactions, spilling
+ *   journal.c  records on disk                 record.c  transactions <-> bytes of a record
+ *   commit.c   queue, batches, checkpoints     apply.c   transactions into files
+ *   pin.c      pre-images and reads            recover.c the saved table; opening
+ *   store.c    the calls of store.h that answer from memory; closing
+ *
+ * Every name has two regions: `head` after all epochs handed in, against which the next is checked, and `durable` after
+ * the last one that is on disk, which is what anybody is told. A failed epoch sets heads back to durable and checks
+ * what waits anew.
+ *
+ * A region's content is a numbered file of the volume. Bindings of names to numbers and the regions' figures are stated
+ * absolutely in the journal, never as "rename" or "remove", so that applying a record again changes nothing. A region
+ * that lost its name is dead: its file goes as soon as that is durable, because recovery first looks which regions live
+ * in the end, and leaves out what was written to the others.
+ *
+ * Threads: everything belongs to the loop thread but what a job was given for its time: a batch (the committing job),
+ * the transactions at the head of the apply queue (the applying job), frames of one transaction (its spilling job), the
+ * synced regions' list (the checkpoint job). A region's descriptor and content are guarded by its lock, held for at
+ * most one frame or 16 MiB of zeros. */
+#ifndef STORE_INSIDE_H
+#define STORE_INSIDE_H
+
+#include "agent/store/store.h"
+#include "agent/store/volume.h"
+
+#include <pthread.h>
+
+struct figures {
+    uint64_t epoch, fence, size;
+    struct id writer;
+    int64_t committed_at;
+};
+
+struct region {
+    unsigned refs;
+    uint64_t file;
+    struct id lineage;
+    struct source source;
+    struct figures head, durable;
+    struct name *bound;   /* the name whose durable region it is */
+    struct region *chain; /* of by_file */
+    bool dirty;           /* on the store's dirty list */
+    bool made;            /* recovery: the journal tells of its creation */
+    struct store_pin *pins;
+    pthread_rwlock_t lock; /* of what follows, and of the content */
+    int fd;
+    bool gone; /* its file was removed */
+};
+
+struct holder {
+    struct id identity;
+    char host[256];
+    uint64_t seen; /* ms */
+    struct holder *next;
+};
+
+struct lease {
+    struct holder *holder; /* NULL: nobody */
+    uint64_t fence;
+    uint64_t alias; /* a region renamed to this name goes on with the fence of its old one */
+};
+
+struct name {
+    struct region *head, *durable;
+    struct lease lease;
+    unsigned users;   /* transactions that speak of it */
+    unsigned pending; /* durable bindings not yet applied */
+    uint64_t blocked; /* batch in which an epoch that must come first is not ready */
+    char text[];
+};
+
+/* A region's part in a transaction. */
+struct part {
+    struct region *r; /* NULL in recovery: dead in the end, nothing to do */
+    bool created;
+    bool direct;       /* created, and its spilled pages are in its file already */
+    bool stated;       /* by a REGION frame */
+    struct name *from; /* where it was found; NULL when created */
+    uint64_t base;     /* its epoch before */
+    uint64_t epoch, fence, min_size, size;
+};
+
+struct binding {
+    struct name *name;
+    int32_t part; /* -1: none */
+    bool look;    /* the commit job has to make its directories */
+    bool fresh;   /* and to see that nothing stands there */
+    struct region *before;
+};
+
+struct slot {
+    uint32_t handle;
+    int32_t part; /* -1: names nothing */
+    struct name *name;
+};
+
+struct held {
+    uint32_t part;
+    struct buf *buf;
+};
+
+struct store_txn {
+    struct store *s;
+    struct store_txn *next;
+    struct id writer;
+    struct store_names names;
+    const void *chain;
+    void (*spilled)(void *arg, size_t bytes);
+    void *arg;
+
+    struct slot *slots;
+    struct part **parts;
+    struct binding *bindings;
+    struct held *held;
+    size_t slots_len, parts_len, bindings_len, held_first, held_len, held_cap;
+
+    size_t memory, withheld, credit;
+    bool crediting; /* on the store's list of credits to give */
+    struct store_txn *next_credit;
+    uint64_t data; /* bytes of pages, in memory and spilled */
+
+    uint64_t spill; /* number of its spill file, 0: none */
+    int spill_fd;
+    uint64_t spill_len;
+    bool spilling, large, ready, aborted;
+    bool removing; /* by store_remove: no lease is asked for */
+    int err;
+    char error[STORE_ERROR];
+
+    int64_t committed_at;
+    uint64_t number; /* order of durable transactions */
+    uint64_t seq;    /* of its journal record */
+    struct region **dead;
+    size_t dead_len;
+    void (*durable)(void *arg, int err, const char *text);
+    void *durable_arg;
+};
+
+struct txns {
+    struct store_txn *first, **last;
+};
+
+/* Where the journal's live records end; see journal.c. */
+struct mark {
+    uint64_t seq, end, bytes;
+};
+
+struct journal {
+    int fd;
+    uint64_t size, head, tail, used, seq; /* seq: the next record's */
+    struct id store;
+    struct mark *marks;
+    size_t marks_len, marks_cap;
+};
+
+struct pin_read;
+
+struct store_pin {
+    struct store *s;
+    struct region *r;
+    uint64_t size, barrier;
+    unsigned jobs; /* that look at it; freed after the last */
+    bool dropped;
+    struct store_pin *next;
+    /* under the region's lock */
+    uint8_t *saved; /* a bit a page; NULL: none yet */
+    int side;
+    uint64_t used;
+    bool lost;
+};
+
+struct limits {
+    uint64_t journal;
+    size_t txn_memory, all_memory;
+    uint64_t pin_budget, lease_ms;
+};
+
+struct spill_mark {
+    uint64_t number, seq;
+    struct spill_mark *next;
+};
+
+struct waiter {
+    void (*done)(void *arg);
+    void *arg;
+    struct waiter *next;
+};
+
+struct store {
+    uv_loop_t *loop;
+    uv_async_t wake; /* callbacks that must not come from within a call */
+    uv_timer_t retry;
+    struct volume *volume;
+    struct limits limits;
+    struct journal journal;
+    uint64_t generation, next_file, next_spill, fences;
+
+    struct name **names; /* sorted */
+    size_t names_len, names_cap, names_pruned;
+    struct region *by_file[1024];
+    struct holder *holders;
+
+    struct txns queue, applying, refused;
+    struct store_txn *credits;
+    size_t memory;
+    uint64_t batch_no;
+    bool committing, apply_busy, checkpointing, want_checkpoint;
+    bool retrying; /* a full disk holds up applying */
+    bool unsaved;  /* a full disk holds up the table */
+    bool failed;
+    char failure[STORE_ERROR];
+    uint64_t durable_no, applied_no, applied_seq, unapplied, unapplied_memory;
+
+    struct region **dirty;
+    size_t dirty_len, dirty_cap;
+    struct spill_mark *spills;
+    struct waiter *checkpoint_waiters;
+    struct pin_read *pin_waiting;
+    unsigned jobs; /* pin reads, spills, removals: nobody's turn but counted for closing */
+    bool open, closing, finishing;
+    unsigned handles;
+    void (*closed)(void *arg);
+    void *closed_arg;
+};
+
+int store_open_with(struct store **out, uv_loop_t *loop, const char *url, const struct limits *limits,
+                    char error[STORE_ERROR]);
+void *store_grow(void *array, size_t len, size_t *cap,
+                 size_t size); /* room for one more, or NULL and the array as it was */
+void store_wake(struct store *s);
+void store_pump(struct store *s);
+void store_woken(struct store *s);
+void store_free(struct store *s);
+void store_fail(struct store *s, const char *what, int err);
+uint64_t store_now(void);
+
+/* table.c */
+struct name *name_find(const struct store *s, const char *text);
+struct name *name_get(struct store *s, const char *text); /* makes it; NULL without memory */
+void name_release(struct store *s, struct name *n);       /* one user less */
+void names_prune(struct store *s);
+enum side { SIDE_HEAD, SIDE_DURABLE, SIDE_DISK }; /* DISK: durable, or what is still to be applied */
+const char *name_clash(const struct store *s, const char *text, enum side side); /* the other name, or NULL */
+struct region *region_new(struct store *s, uint64_t file, const struct id *lineage, const struct source *source);
+struct region *region_by_file(const struct store *s, uint64_t file);
+struct region *region_hold(struct region *r);
+void region_drop(struct store *s, struct region *r);
+int region_open(struct store *s, struct region *r, bool create); /* under its write lock: fd or negative errno */
+void region_dirty(struct store *s, struct region *r);
+bool lease_stands(const struct store *s, const struct name *n, const struct id *identity);
+bool lease_held(const struct store *s, const struct name *n);
+void fd_close_later(struct store *s, int fd);
+
+/* txn.c */
+int txn_check(struct store_txn *t, char error[STORE_ERROR]); /* against the heads; sets them */
+void txn_unhead(struct store_txn *t);
+void txn_durable(struct store_txn *t); /* its bindings and figures become the durable ones */
+void txn_free(struct store_txn *t);
+void txn_unbind(struct store_txn *t, struct name *n); /* the whole of a removal; t->err without memory */
+void txns_push(struct txns *q, struct store_txn *t);
+struct store_txn *txns_pop(struct txns *q);
+void store_credits(struct store *s);
+/* Pages of a transaction in their order, spilled ones first; each extent clipped to the part's size. Stops at the first
+ * non-zero return. */
+typedef int pages_each(void *arg, struct part *p, const struct frame_extent *e);
+int txn_pages(struct store_txn *t, pages_each *each, void *arg);
+int frame_extents(struct part *p, const void *payload, size_t len, bool clip, pages_each *each, void *arg);
+
+/* record.c */
+uint64_t record_length(const struct store_txn *t);
+int record_head(const struct store_txn *t, struct wr *w);
+/* Reads one transaction. `regions`: parts get their region, which is made when it is not known; bindings get names. */
+struct store_txn *record_get(struct store *s, struct rd *r);
+
+/* journal.c */
+#define JOURNAL_HEAD 64u
+#define JOURNAL_ALIGN 4096u
+uint64_t journal_length(uint64_t body);
+bool journal_place(const struct journal *j, uint64_t len, uint64_t *pos);
+int journal_write(const struct journal *j, uint64_t pos, struct store_txn *const *txns, size_t n, uint64_t *len,
+                  bool *unsynced);
+int journal_wrote(struct journal *j, uint64_t pos, uint64_t len);
+void journal_trim(struct journal *j, uint64_t seq);
+uint64_t journal_next(const struct journal *j, uint64_t seq); /* where the record after seq is or will be */
+int journal_scan(struct journal *j, int (*each)(void *arg, uint64_t seq, struct rd *body, uint32_t epochs), void *arg,
+                 char error[STORE_ERROR]);
+
+/* apply.c */
+struct pinned {
+    struct store_pin **pins;
+    size_t len;
+};
+int apply_reserve(struct store *s, struct store_txn *t, uint64_t unapplied, char error[STORE_ERROR]);
+int apply_txn(struct store *s, struct store_txn *t, const struct pinned *pinned);
+int name_apply(struct store *s, const char *name, uint64_t file); /* file 0: the name is no more */
+int file_zero(int fd, uint64_t len, uint64_t offset);
+int apply_content(struct store *s, struct store_txn *t, const struct pinned *pinned);
+
+/* commit.c */
+void txn_discard(struct store_txn *t); /* frees it and what it left on disk */
+
+/* pin.c */
+int pin_save(struct store_pin *pin, int fd, uint64_t from, uint64_t to); /* under the write lock */
+void pins_applied(struct store *s);
+void pin_release(struct store_pin *pin);
+
+/* recover.c */
+void *meta_put(struct store *s, uint64_t seq, uint64_t pos, size_t *len);
+int store_recover(struct store *s, char error[STORE_ERROR]);
+int checkpoint_now(struct store *s);
+
+#endif

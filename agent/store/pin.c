@@ -1,0 +1,348 @@
+/* Pins. A pin reads its region as it was after the `barrier`th durable epoch: reads wait until that many are applied,
+ * and later ones save each page they are about to change, once, into the pin's side file (a memfd, page for page at the
+ * same offset; `saved` says which). Holes are noted, not copied. */
+#include "agent/store/inside.h"
+
+#include "agent/base/job.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#define COPY_STEP (256u << 10)
+
+struct pin_read {
+    struct store_pin *pin;
+    struct pin_read *next;
+    uint64_t offset;
+    uint32_t len;
+    bool hash;
+    int err;
+    struct buf *data;
+    void (*done)(void *arg, int err, struct buf *data);
+    void *arg;
+};
+
+static uint64_t pages_of(uint64_t bytes)
+{
+    return bytes / FRAME_PAGE + (bytes % FRAME_PAGE != 0);
+}
+
+static bool is_saved(const struct store_pin *pin, uint64_t page)
+{
+    return pin->saved && pin->saved[page / 8] & 1u << page % 8;
+}
+
+static void set_saved(struct store_pin *pin, uint64_t from, uint64_t to)
+{
+    for (; from < to && from % 8; from++)
+        pin->saved[from / 8] |= (uint8_t)(1u << from % 8);
+    if (to > from) {
+        memset(pin->saved + from / 8, 0xff, (size_t)((to - from) / 8));
+        for (from += (to - from) / 8 * 8; from < to; from++)
+            pin->saved[from / 8] |= (uint8_t)(1u << from % 8);
+    }
+}
+
+/* pread that reads zeros beyond the file's end. */
+static int read_padded(int fd, uint8_t *to, size_t len, uint64_t offset)
+{
+    while (len) {
+        ssize_t n = pread(fd, to, len, (off_t)offset);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return -errno;
+        if (!n) {
+            memset(to, 0, len);
+            return 0;
+        }
+        to += n;
+        len -= (size_t)n;
+        offset += (size_t)n;
+    }
+    return 0;
+}
+
+static int copy_aside(struct store_pin *pin, int fd, uint64_t from, uint64_t to)
+{
+    uint8_t *step = malloc(COPY_STEP);
+    int err = step ? 0 : -ENOMEM;
+    while (!err && from < to) {
+        size_t len = to - from < COPY_STEP ? (size_t)(to - from) : COPY_STEP;
+        err = read_padded(fd, step, len, from);
+        if (!err && pwrite(pin->side, step, len, (off_t)from) != (ssize_t)len)
+            pin->lost = true;
+        if (pin->lost)
+            break;
+        from += len;
+    }
+    free(step);
+    return err;
+}
+
+/* Pages from .. to, none of them saved. */
+static int save_pages(struct store_pin *pin, int fd, uint64_t from, uint64_t to)
+{
+    uint64_t at = from * FRAME_PAGE, end = to * FRAME_PAGE;
+    while (at < end && !pin->lost) {
+        off_t data = lseek(fd, (off_t)at, SEEK_DATA);
+        if (data < 0 && errno != ENXIO)
+            return -errno;
+        uint64_t start = data < 0 ? end : (uint64_t)data / FRAME_PAGE * FRAME_PAGE;
+        if (start >= end)
+            break;
+        if (start < at)
+            start = at;
+        off_t hole = lseek(fd, (off_t)(start < (uint64_t)data ? (uint64_t)data : start), SEEK_HOLE);
+        if (hole < 0)
+            return -errno;
+        uint64_t stop = pages_of((uint64_t)hole) * FRAME_PAGE;
+        if (stop > end)
+            stop = end;
+        if (pin->used + (stop - start) > pin->s->limits.pin_budget) {
+            pin->lost = true;
+            break;
+        }
+        int err = copy_aside(pin, fd, start, stop);
+        if (err)
+            return err;
+        pin->used += stop - start;
+        at = stop;
+    }
+    set_saved(pin, from, to);
+    return 0;
+}
+
+int pin_save(struct store_pin *pin, int fd, uint64_t from, uint64_t to)
+{
+    if (to > pin->size)
+        to = pin->size;
+    if (pin->lost || from >= to)
+        return 0;
+    uint64_t page = from / FRAME_PAGE, end = pages_of(to);
+    if (!pin->saved) {
+        pin->saved = calloc(1, (size_t)(pages_of(pin->size) / 8 + 1));
+        pin->side = memfd_create("memsync-pin", MFD_CLOEXEC);
+        pin->lost = !pin->saved || pin->side < 0;
+    }
+    int err = 0;
+    while (!err && !pin->lost && page < end) {
+        if (is_saved(pin, page)) {
+            page++;
+            continue;
+        }
+        uint64_t stop = page + 1;
+        while (stop < end && !is_saved(pin, stop))
+            stop++;
+        err = save_pages(pin, fd, page, stop);
+        page = stop;
+    }
+    return err;
+}
+
+/* Under the region's read lock. */
+static int read_pinned(struct store_pin *pin, uint8_t *to, size_t len, uint64_t offset)
+{
+    int err = 0;
+    while (!err && len) {
+        uint64_t page = offset / FRAME_PAGE;
+        bool saved = is_saved(pin, page);
+        size_t n = (size_t)(FRAME_PAGE - offset % FRAME_PAGE);
+        while (n < len && is_saved(pin, ++page) == saved)
+            n += FRAME_PAGE;
+        if (n > len)
+            n = len;
+        err = read_padded(saved ? pin->side : pin->r->fd, to, n, offset);
+        to += n;
+        len -= n;
+        offset += n;
+    }
+    return err;
+}
+
+static int read_locked(struct store_pin *pin, uint8_t *to, size_t len, uint64_t offset)
+{
+    struct region *r = pin->r;
+    pthread_rwlock_rdlock(&r->lock);
+    if (r->fd < 0) {
+        pthread_rwlock_unlock(&r->lock);
+        pthread_rwlock_wrlock(&r->lock);
+        int fd = region_open(pin->s, r, false);
+        if (fd < 0) {
+            pthread_rwlock_unlock(&r->lock);
+            return fd;
+        }
+    }
+    int err = pin->lost ? -ENOBUFS : read_pinned(pin, to, len, offset);
+    pthread_rwlock_unlock(&r->lock);
+    return err;
+}
+
+static int hash_pages(struct pin_read *q)
+{
+    struct store_pin *pin = q->pin;
+    uint8_t *step = malloc(COPY_STEP);
+    int err = step ? 0 : -ENOMEM;
+    uint32_t pages = q->len;
+    for (uint64_t at = q->offset; !err && pages;) {
+        size_t len = (size_t)(pin->size - at);
+        if (len > COPY_STEP)
+            len = COPY_STEP;
+        if (len > (size_t)pages * FRAME_PAGE)
+            len = (size_t)pages * FRAME_PAGE;
+        err = read_locked(pin, step, len, at);
+        for (size_t i = 0; !err && i < len; i += FRAME_PAGE, pages--) {
+            XXH128_canonical_t *to = (XXH128_canonical_t *)(q->data->data + q->data->len);
+            XXH128_canonicalFromHash(to, XXH3_128bits(step + i, len - i < FRAME_PAGE ? len - i : FRAME_PAGE));
+            q->data->len += 16;
+        }
+        at += len;
+    }
+    free(step);
+    return err;
+}
+
+static void read_work(void *arg)
+{
+    struct pin_read *q = arg;
+    struct store_pin *pin = q->pin;
+    uint64_t left = q->offset < pin->size ? pin->size - q->offset : 0;
+    uint64_t most = q->hash ? pages_of(left) : left;
+    if (q->len > most)
+        q->len = (uint32_t)most;
+    q->data = buf_new(q->hash ? (size_t)q->len * 16 : q->len);
+    if (!q->data) {
+        q->err = -ENOMEM;
+        return;
+    }
+    if (q->hash) {
+        q->err = hash_pages(q);
+        return;
+    }
+    q->err = read_locked(pin, q->data->data, q->len, q->offset);
+    q->data->len = q->len;
+}
+
+void pin_release(struct store_pin *pin)
+{
+    if (--pin->jobs || !pin->dropped)
+        return;
+    if (pin->side >= 0)
+        close(pin->side);
+    free(pin->saved);
+    region_drop(pin->s, pin->r);
+    free(pin);
+}
+
+static void read_done(void *arg)
+{
+    struct pin_read *q = arg;
+    struct store_pin *pin = q->pin;
+    struct store *s = pin->s;
+    if (q->err) {
+        buf_drop(q->data);
+        q->data = NULL;
+    }
+    if (pin->dropped)
+        buf_drop(q->data);
+    else
+        q->done(q->arg, q->err, q->data);
+    free(q);
+    pin_release(pin);
+    s->jobs--;
+    store_pump(s);
+}
+
+static void read_start(struct pin_read *q)
+{
+    if (job_run(q->pin->s->loop, read_work, read_done, q) < 0)
+        store_fail(q->pin->s, "no thread for a read", -ENOMEM);
+}
+
+/* Reads that waited for epochs to be applied. When the store has failed they never will be. */
+void pins_applied(struct store *s)
+{
+    for (struct pin_read **at = &s->pin_waiting, *q; (q = *at);) {
+        if (q->pin->barrier > s->applied_no && !s->failed && !q->pin->dropped) {
+            at = &q->next;
+            continue;
+        }
+        *at = q->next;
+        if (q->pin->barrier > s->applied_no)
+            q->err = -EIO;
+        if (q->err)
+            read_done(q);
+        else
+            read_start(q);
+        at = &s->pin_waiting; /* a callback may have changed the list */
+    }
+}
+
+static void read_new(struct store_pin *pin, uint64_t offset, uint32_t len, bool hash,
+                     void (*done)(void *, int, struct buf *), void *arg)
+{
+    struct store *s = pin->s;
+    struct pin_read *q = calloc(1, sizeof *q);
+    if (!q)
+        abort(); /* there is no way to tell, and nothing was promised to the peer that a restart breaks */
+    *q = (struct pin_read){.pin = pin, .offset = offset, .len = len, .hash = hash, .done = done, .arg = arg};
+    pin->jobs++;
+    s->jobs++;
+    if (pin->barrier <= s->applied_no && !s->failed) {
+        read_start(q);
+        return;
+    }
+    struct pin_read **at = &s->pin_waiting;
+    while (*at)
+        at = &(*at)->next;
+    *at = q;
+    store_wake(s);
+}
+
+void store_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len,
+                    void (*done)(void *arg, int err, struct buf *data), void *arg)
+{
+    read_new(pin, offset, len, false, done, arg);
+}
+
+void store_pin_hash(struct store_pin *pin, uint64_t first, uint32_t count,
+                    void (*done)(void *arg, int err, struct buf *data), void *arg)
+{
+    read_new(pin, first * FRAME_PAGE, count, true, done, arg);
+}
+
+int store_pin(struct store *s, const char *name, struct store_pin **out, struct frame_entry *e)
+{
+    int err = store_lookup(s, name, e, NULL, NULL);
+    if (err)
+        return err;
+    struct store_pin *pin = calloc(1, sizeof *pin);
+    if (!pin)
+        return -ENOMEM;
+    struct region *r = name_find(s, name)->durable;
+    *pin = (struct store_pin){.s = s,
+                              .r = region_hold(r),
+                              .size = r->durable.size,
+                              .barrier = s->durable_no,
+                              .jobs = 1,
+                              .side = -1,
+                              .next = r->pins};
+    r->pins = pin;
+    *out = pin;
+    return 0;
+}
+
+void store_unpin(struct store_pin *pin)
+{
+    for (struct store_pin **at = &pin->r->pins; *at; at = &(*at)->next)
+        if (*at == pin) {
+            *at = pin->next;
+            break;
+        }
+    pin->dropped = true;
+    store_wake(pin->s);
+    pin_release(pin);
+}
