@@ -124,7 +124,7 @@ int start_agent(const char *socket)
             ;
     rc = -s->error;
     if (rc)
-        say(SAY_ERROR, "%s cannot be started: %e", program, rc);
+        say_once(SAY_ERROR, "%s cannot be started: %e", program, rc);
 out:
     if (s->envp)
         raw_munmap(s->envp, bytes);

@@ -131,32 +131,41 @@ static int on_loss(const char *what)
     }
 }
 
+/* The agent went: another is found and told everything, and the request repeated. 0, or a negative errno. */
+static int repeat(struct ticket *t)
+{
+    struct held h = shim_lock();
+    if (t->sent)
+        client_lost(t->generation);
+    int rc = ticket_send(t);
+    shim_unlock(&h);
+    return rc;
+}
+
 int sync_end(struct ticket *t)
 {
     if (t->kind == TICKET_NONE)
         return 0;
     int saved = errno, result = 0;
+    uint64_t until = 0; /* for agents that die again and again on the same request */
     for (;;) {
         int rc = t->sent ? slot_wait(t, &result) : -ENOTCONN;
         if (!rc)
             break;
-        if (rc == -ETIMEDOUT) {
-            result = on_loss("the agent does not answer");
-            if (result <= 0) {
-                sync_abandon(t);
-                break;
-            }
-            continue;
+        uint64_t now = raw_now_ms();
+        bool given_up = rc == -ETIMEDOUT || (until && now > until);
+        if (!given_up) {
+            if (until)
+                raw_sleep_ms(SLICE_MS);
+            else
+                until = shim.timeout_ms < UINT64_MAX - now ? now + shim.timeout_ms : UINT64_MAX;
+            if (!repeat(t))
+                continue;
         }
-        struct held h = shim_lock();
-        if (t->sent)
-            client_lost(t->generation);
-        rc = ticket_send(t);
-        shim_unlock(&h);
-        if (rc) {
-            result = on_loss("there is no agent");
-            if (result <= 0)
-                break;
+        result = on_loss(rc == -ETIMEDOUT ? "the agent does not answer" : "there is no agent");
+        if (result <= 0) {
+            sync_abandon(t);
+            break;
         }
     }
     t->kind = TICKET_NONE;
