@@ -24,7 +24,7 @@ else
     shim "${settings[@]}" -- "${command[@]}" >"$T/test.out" 2>"$T/test.err" ||
         fail "test_mmap fails under the shim: $(grep -E -A 15 '^(ERROR|FAIL):' "$T/test.out" "$T/test.err" || tail -n 40 "$T/test.out")"
 fi
-grep -q 'Result: SUCCESS' "$T/test.out" || fail "test_mmap did not say that it passed: $(tail -n 20 "$T/test.out")"
+grep -q 'result: SUCCESS' "$T/test.out" || fail "test_mmap did not say that it passed: $(tail -n 20 "$T/test.out")"
 ran=$(sed -n 's/^Ran \([0-9]*\) tests.*/\1/p' "$T/test.out" "$T/test.err" | head -n 1)
 [ "${ran:-0}" -ge 20 ] || fail "only ${ran:-no} tests ran"
 quiet "$T/test.err"
