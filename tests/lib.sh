@@ -160,7 +160,7 @@ stop_remote() {
     [ "$code" = 0 ] || fail "the remote agent ended with $code after SIGTERM"
 }
 kill_remote() {
-    kill -KILL "$REMOTE_PID"
+    kill -KILL "$REMOTE_PID" 2>/dev/null || true
     wait "$REMOTE_PID" 2>/dev/null || true
     REMOTE_PID=''
 }

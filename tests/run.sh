@@ -50,7 +50,7 @@ for what in "${@:-unit}" $([ $# = 0 ] && echo programs faults); do
     unit) add_unit ;;
     programs | faults | interop | fuzz | vm) add_folder "$what" ;;
     long)
-        export MEMSYNC_TEST_ROUNDS=200
+        export TEST_ROUNDS=200
         TIMEOUT=3600
         add_folder faults
         ;;

@@ -4,15 +4,15 @@
 # cases
 # timeout: 1800
 #
-# MEMSYNC_TEST_ROUNDS: how many (20). MEMSYNC_TEST_SEED: of the random choices, to repeat a run as far as chance allows; printed.
+# TEST_ROUNDS: how many (20). TEST_SEED: of the random choices, to repeat a run as far as chance allows; printed.
 . "$(dirname "$0")/../lib.sh"
 
 cases=(epochs epochs_hash lmdb sqlite_wal sqlite_rollback)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 kind=$1
-rounds=${MEMSYNC_TEST_ROUNDS:-20}
+rounds=${TEST_ROUNDS:-20}
 [ "$kind" = epochs ] || rounds=$(((rounds + 3) / 4))
-seed=${MEMSYNC_TEST_SEED:-$((SRANDOM % 100000))}
+seed=${TEST_SEED:-$((SRANDOM % 100000))}
 RANDOM=$seed
 say "seed $seed, $rounds rounds of $kind"
 
@@ -66,13 +66,13 @@ end_program() {
     rm "$T/stop"
 }
 kill_program() {
-    kill -KILL "$(writer_pid)"
+    kill -KILL "$(writer_pid)" 2>/dev/null || fail "round $round ($fault): the program is gone: $(tail -n 3 "$T/said" "$T/program.err")"
     wait "$program" 2>/dev/null || true
 }
 kill_local() {
     local pid
     for pid in $(local_agents); do
-        kill -KILL "$pid"
+        kill -KILL "$pid" 2>/dev/null || true
     done
 }
 # After a kill of the program: either the remote ends in order, or it too is killed and recovered.

@@ -44,6 +44,11 @@ one_line() {
 other_user_of_store() { # another machine, as it were: its own identity, its own local agent
     SOCKET=$T/other.sock XDG_STATE_HOME=$T/other-state "$@"
 }
+# The first writer's lease has ended: it lives for 10 s after the last that was heard of its agent.
+not_leased() {
+    memsync ls --json >"$T/ls.out" 2>&1 || fail "ls: $(cat "$T/ls.out")"
+    ! grep -qE '"leased": *(true|1)' "$T/ls.out"
+}
 closed_port() { # a port that nobody listens at: bound once and given back
     $python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print("127.0.0.1:%d" % s.getsockname()[1])'
 }
@@ -168,6 +173,7 @@ foreign_lineage) # an empty new file on a new host must not wipe the only good c
     start_remote
     program "$W/a" 1 MEMSYNC_REGIONS="$W/**,name=%b"
     stop_local
+    poll 20 not_leased || fail "the lease does not end: $(cat "$T/ls.out")"
     mkdir "$T/work2"
     other_user_of_store program "$T/work2/a" 2 MEMSYNC_REGIONS="$T/work2/**,name=%b" MEMSYNC_TIMEOUT=2s
     one_line " a" lineage initial=
@@ -179,6 +185,7 @@ foreign_initial_push) # unless a person says so
     start_remote
     program "$W/a" 1 MEMSYNC_REGIONS="$W/**,name=%b"
     stop_local
+    poll 20 not_leased || fail "the lease does not end: $(cat "$T/ls.out")"
     mkdir "$T/work2"
     SOCKET=$T/other.sock
     XDG_STATE_HOME=$T/other-state
@@ -201,7 +208,7 @@ name_clash)
     program "$W/a" 1 MEMSYNC_REGIONS="$W/**,name=x"
     quiet "$T/program.err"
     program "$W/b" 2 MEMSYNC_REGIONS="$W/**,name=x/y" MEMSYNC_TIMEOUT=2s
-    one_line x/y clash
+    one_line x/y "cannot both be regions"
     said synced
     stop_local
     stop_remote

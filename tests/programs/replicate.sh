@@ -61,7 +61,7 @@ check_sqlite() {
 
 load_by_mdb() {
     requires mdb_load mdb_dump
-    $python -c 'for i in range(3000): print("key%d\nvalue %d %s" % (i, i * 7919 % 3001, "x" * (i % 500)))' >"$T/load.txt"
+    $python -c 'for i in range(1500): print("key%d\nvalue %d %s" % (i, i * 7919 % 3001, "x" * (i % 300)))' >"$T/load.txt"
     mkdir "$W/db"
     run mdb_load -T -f "$T/load.txt" "$W/db"
     run mdb_load -T -f <(printf 'key5\nanother\nzzz\nlast\n') "$W/db"
