@@ -14,7 +14,8 @@
  * be trusted. What a peer asks for and may not have is answered by FAILED or ERROR, and the connection lives.
  *
  * The client (a writer's agent, or the command-line tool) numbers streams from 1 and opens one by using it. Stream 0 carries HELLO, ERROR, PING,
- * PONG, WINDOW and CLOSE, and is not limited. On any other stream each side may have FRAME_WINDOW payload bytes outstanding; WINDOW gives more.
+ * PONG, WINDOW and CLOSE, and is not limited. On any other stream each side may have FRAME_WINDOW payload bytes of PAGES, DATA and HASHES outstanding; WINDOW gives
+ * more.
  *
  * Handles: the client gives a u32 to a region name by ATTACH; it is good on all streams of that connection. */
 #ifndef WIRE_FRAME_H
@@ -156,8 +157,9 @@ struct frame_op {
 size_t frame_op_put(void *to, size_t cap, const struct frame_op *o);
 int frame_op_get(const void *p, size_t len, struct frame_op *o);
 
-/* A region's part in the epoch: sent once for each region touched, after the OPs and before its PAGES. The region is first cut to min_size (UINT64_MAX:
- * it never shrank), then made `size` long, then given its pages. `epoch` is the region's next number; a CREATEd one starts at 1. */
+/* A region's part in the epoch: for each region touched, after the OPs and before its PAGES. The region is first cut to min_size (UINT64_MAX: it never
+ * shrank), then made `size` long, then given its pages. `epoch` is the region's next number; a CREATEd one starts at 1. May be repeated within the epoch, with
+ * the same number: the last size counts, and the lowest min_size. */
 struct frame_region {
     uint32_t handle;
     uint64_t epoch, fence, min_size, size;
