@@ -168,7 +168,7 @@ size_t frame_region_put(void *to, size_t cap, const struct frame_region *r);
 int frame_region_get(const void *p, size_t len, struct frame_region *r);
 
 /* PAGES: u32 handle, u32 count, count entries of {u64 offset, u32 length, u32 kind}, then the bytes of the data entries one after the other. Any offset
- * and length within the region's size; data bytes at most FRAME_DATA_MAX; a zeros entry may be of any length. */
+ * and length (what is behind the region's size at END is dropped); data bytes at most FRAME_DATA_MAX; a zeros entry may be of any length. */
 enum frame_pages_kind { FRAME_PAGES_DATA, FRAME_PAGES_ZEROS };
 #define FRAME_PAGES_HEAD 8u
 #define FRAME_PAGES_ENTRY 16u
