@@ -186,28 +186,25 @@ static void changed_dir(struct file_volume *f, const char *name)
     pthread_mutex_unlock(&f->mutex);
 }
 
+/* Makes nothing: a directory made for an epoch that then fails would stay. */
 static int file_vacant(struct volume *v, const char *name, bool fresh, char error[STORE_ERROR])
 {
     struct file_volume *f = of(v);
     const char *last;
-    int at = parent_open(f, name, true, &last);
-    if (at < 0) {
-        snprintf(error, STORE_ERROR,
-                 "%.200s cannot be a region in %.150s: its directory is in the way or cannot be made (%s)", name,
-                 f->dir, strerror(-at));
-        return at == -ENOSPC || at == -EDQUOT ? at : -EINVAL;
-    }
+    int at = parent_open(f, name, false, &last);
+    if (at == -ENOENT)
+        return 0;
     struct stat st;
-    int rc = fstatat(at, last, &st, AT_SYMLINK_NOFOLLOW);
-    int err = errno;
-    close(at);
-    if (rc < 0 && err != ENOENT) {
-        snprintf(error, STORE_ERROR, "%.200s cannot be a region in %.150s: %s", name, f->dir, strerror(err));
+    int err = at < 0 ? at : fstatat(at, last, &st, AT_SYMLINK_NOFOLLOW) < 0 ? -errno : 0;
+    if (at >= 0)
+        close(at);
+    if (err && err != -ENOENT) {
+        snprintf(error, STORE_ERROR, "%.200s cannot be a region in %.150s: %s", name, f->dir,
+                 err == -ELOOP || err == -ENOTDIR ? "a file or a symlink stands where its directory would be" : strerror(-err));
         return -EINVAL;
     }
-    if (rc == 0 && fresh) {
-        snprintf(error, STORE_ERROR,
-                 "%.200s is in %.150s already and is no region of this store: move it away, or choose another name",
+    if (!err && fresh) {
+        snprintf(error, STORE_ERROR, "%.200s is in %.150s already and is no region of this store: move it away, or choose another name",
                  name, f->dir);
         return -EINVAL;
     }
@@ -221,10 +218,7 @@ static int file_show(struct volume *v, const char *name, uint64_t file)
     number_text(file, number);
     struct stat ours, there;
     const char *last;
-    int at = -ENOENT;
-    for (int i = 0; i < 3 && at == -ENOENT;
-         i++) /* a directory may be removed by others, empty as it is, before we are in it */
-        at = parent_open(f, name, true, &last);
+    int at = parent_open(f, name, true, &last);
     if (at < 0)
         return at;
     int err = 0;
@@ -251,6 +245,8 @@ static void prune(struct file_volume *f, const char *name)
         *slash = 0;
         const char *last;
         int at = parent_open(f, path, false, &last);
+        if (at == -ENOENT)
+            continue;
         if (at < 0)
             break;
         int rc = unlinkat(at, last, AT_REMOVEDIR);
@@ -268,10 +264,11 @@ static int file_hide(struct volume *v, const char *name)
     struct file_volume *f = of(v);
     const char *last;
     int at = parent_open(f, name, false, &last);
-    if (at < 0)
-        return at == -ENOENT || at == -ENOTDIR ? 0 : at;
-    int err = unlinkat(at, last, 0) < 0 && errno != ENOENT ? -errno : 0;
-    close(at);
+    if (at < 0 && at != -ENOENT)
+        return at == -ENOTDIR ? 0 : at;
+    int err = at >= 0 && unlinkat(at, last, 0) < 0 && errno != ENOENT ? -errno : 0;
+    if (at >= 0)
+        close(at);
     changed_dir(f, name);
     store_step("hide a name");
     prune(f, name);

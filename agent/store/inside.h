@@ -78,6 +78,7 @@ struct part {
     bool direct;       /* created, and its spilled pages are in its file already */
     bool stated;       /* by a REGION frame */
     struct name *from; /* where it was found; NULL when created */
+    struct name *under; /* whose name it had when its REGION came */
     uint64_t base;     /* its epoch before */
     uint64_t epoch, fence, min_size, size;
 };
@@ -85,7 +86,7 @@ struct part {
 struct binding {
     struct name *name;
     int32_t part; /* -1: none */
-    bool look;    /* the commit job has to make its directories */
+    bool look;    /* the commit job has to look at its directories */
     bool fresh;   /* and to see that nothing stands there */
     struct region *before;
 };

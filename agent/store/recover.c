@@ -6,8 +6,8 @@
  * of epochs later than that sequence: they are in the journal, and replaying them says the same again.
  *
  * Opening: read the table; walk the journal once for names and figures, which shows what lives in the end; walk it
- * again for the content of what lives; show every name, remove files that no name has; save the table with the journal
- * empty and the next generation. A kill in between changes nothing: the next opening starts from the same table and
+ * again for the content of what lives; show every name; save the table with the journal
+ * empty and the next generation; remove files that no name has. A kill in between changes nothing: the next opening starts from the same table and
  * journal. */
 #include "agent/store/inside.h"
 
@@ -326,8 +326,6 @@ int store_recover(struct store *s, char error[STORE_ERROR])
         return err;
     if ((err = names_show(s)) || (err = sizes_check(s)))
         return say(s, "the regions' names cannot be shown", err, error);
-    if ((err = s->volume->ops->each(s->volume, orphan_file, orphan_spill, s)))
-        return say(s, "left-over files cannot be removed", err, error);
     for (size_t i = 0; i < s->names_len; i++) {
         s->names[i]->head = s->names[i]->durable;
         if (s->names[i]->durable)
@@ -336,9 +334,11 @@ int store_recover(struct store *s, char error[STORE_ERROR])
     s->generation++;
     s->durable_no = s->applied_no;
     s->applied_seq = s->journal.seq - 1;
-    err = checkpoint_now(s);
-    if (err)
+    if ((err = checkpoint_now(s)))
         return say(s, "the table cannot be saved", err, error);
+    /* Only now: until the journal was empty another start could have needed them. */
+    if ((err = s->volume->ops->each(s->volume, orphan_file, orphan_spill, s)))
+        return say(s, "left-over files cannot be removed", err, error);
     if (s->journal.size == s->limits.journal)
         return 0;
     close(s->journal.fd); /* empty now: give it the length that is asked for */

@@ -232,17 +232,15 @@ static int add_op(struct store_txn *t, const struct buf *b, char error[STORE_ERR
     return err;
 }
 
-/* A renamed region may carry the fence of either name: both are this writer's. */
-static bool fence_good(const struct store_txn *t, const struct slot *slot, const struct part *p, uint64_t fence)
+static bool lease_fence(const struct store_txn *t, const struct name *n, uint64_t fence)
 {
-    const struct lease *l = &slot->name->lease;
-    if (fence == l->fence || (l->alias && fence == l->alias))
-        return true;
-    const struct lease *from = p->from ? &p->from->lease : NULL;
-    if (from && lease_stands(t->s, p->from, &t->writer) &&
-        (fence == from->fence || (from->alias && fence == from->alias)))
-        return true;
-    return false;
+    return n && lease_stands(t->s, n, &t->writer) && (fence == n->lease.fence || (n->lease.alias && fence == n->lease.alias));
+}
+
+/* A renamed region may carry the fence of either name: both are this writer's. */
+static bool fence_good(const struct store_txn *t, const struct part *p, uint64_t fence)
+{
+    return lease_fence(t, p->under, fence) || lease_fence(t, p->from, fence);
 }
 
 static int add_region(struct store_txn *t, const struct buf *b, char error[STORE_ERROR])
@@ -260,7 +258,8 @@ static int add_region(struct store_txn *t, const struct buf *b, char error[STORE
     if (g.epoch != p->base + 1)
         return refuse(t, -EEXIST, error, "%.300s is at epoch %llu, which epoch %llu does not continue",
                       slot->name->text, (unsigned long long)p->base, (unsigned long long)g.epoch);
-    if (!fence_good(t, slot, p, g.fence))
+    p->under = slot->name;
+    if (!fence_good(t, p, g.fence))
         return refuse(t, -ESTALE, error, "%.300s is fenced: its lease has number %llu now, not %llu", slot->name->text,
                       (unsigned long long)slot->name->lease.fence, (unsigned long long)g.fence);
     p->stated = true;
@@ -603,13 +602,18 @@ static int parts_check(struct store_txn *t, char error[STORE_ERROR])
             return refuse(t, -EEXIST, error, "%.300s is no longer what this epoch continues (epoch %llu)",
                           p->from->text, (unsigned long long)p->base);
     }
-    for (size_t i = 0; i < t->slots_len; i++) {
-        const struct slot *slot = &t->slots[i];
-        int err = t->removing ? 0 : lease_check(t, slot->name, error);
+    for (size_t i = 0; !t->removing && i < t->bindings_len; i++) {
+        int err = lease_check(t, t->bindings[i].name, error);
         if (err)
             return err;
-        if (!t->removing && slot->part >= 0 && t->parts[slot->part]->stated &&
-            !fence_good(t, slot, t->parts[slot->part], t->parts[slot->part]->fence))
+    }
+    for (size_t i = 0; i < t->slots_len; i++) {
+        const struct slot *slot = &t->slots[i];
+        const struct part *p = slot->part >= 0 ? t->parts[slot->part] : NULL;
+        int err = lease_check(t, slot->name, error);
+        if (err)
+            return err;
+        if (p && p->stated && !fence_good(t, p, p->fence))
             return refuse(t, -ESTALE, error, "%.300s is fenced: another writer has had it since", slot->name->text);
     }
     return 0;
@@ -657,9 +661,11 @@ int txn_check(struct store_txn *t, char error[STORE_ERROR])
     }
     for (size_t i = 0; i < t->slots_len; i++) { /* the fence goes with the renamed region */
         const struct slot *slot = &t->slots[i];
-        const struct name *from = slot->part >= 0 ? t->parts[slot->part]->from : NULL;
-        if (from && from != slot->name)
-            slot->name->lease.alias = from->lease.alias ? from->lease.alias : from->lease.fence;
+        const struct part *p = slot->part >= 0 ? t->parts[slot->part] : NULL;
+        if (p && p->stated && p->fence != slot->name->lease.fence)
+            slot->name->lease.alias = p->fence;
+        else if (p && !p->stated && p->from != slot->name)
+            slot->name->lease.alias = p->from->lease.alias ? p->from->lease.alias : p->from->lease.fence;
     }
     return 0;
 }

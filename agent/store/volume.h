@@ -33,8 +33,8 @@ struct volume_ops {
     int (*each)(struct volume *v, void (*file)(void *arg, uint64_t file), void (*spill)(void *arg, uint64_t number),
                 void *arg);
 
-    /* Makes name's directories; -EINVAL with text when they cannot be, or when `fresh` and something stands under the
-     * name already. */
+    /* -EINVAL with text when something is in the way of name's directories, or, when `fresh`, stands under the name
+     * already. */
     int (*vacant)(struct volume *v, const char *name, bool fresh, char error[STORE_ERROR]);
     int (*show)(struct volume *v, const char *name, uint64_t file); /* name is this file now, whatever it was */
     int (*hide)(struct volume *v, const char *name); /* name is no more; directories that are left empty go too */
