@@ -240,25 +240,18 @@ json_t *local_status(struct local_agent *l)
     return status;
 }
 
-int local_publish(struct local_agent *l, const char *name)
+int local_ended(struct local_agent *l)
 {
     uint8_t message[CONTROL_MAX];
-    struct control_publish p = {0};
-    if (strlen(name) >= sizeof p.name) {
-        cli_say("the name is longer than %u bytes", NAME_MAX_BYTES);
-        return -ENAMETOOLONG;
-    }
-    memcpy(p.name, name, strlen(name));
     static struct control_text r;
-    int rc = local_send(l, message, control_publish_put(message, sizeof message, &p));
-    if (!rc)
-        rc = local_result(l, &r, -1);
-    if (!rc && r.code) {
-        cli_say("%s could not be published: %s", *name ? name : "what is tracked here",
-                *r.text ? r.text : strerror(-r.code));
-        rc = r.code;
-    }
-    return rc;
+    size_t len;
+    int rc;
+    while (!(rc = next(l, message, &len, -1)))
+        if (control_type_of(message, len) == CONTROL_RESULT && !control_text_get(message, len, &r) && r.code) {
+            cli_say("the agent on %s does not stop: %s", l->socket, *r.text ? r.text : strerror(-r.code));
+            return r.code;
+        }
+    return rc == -ECONNRESET ? 0 : lost(l, rc);
 }
 
 json_t *local_region(json_t *status, const char *name, const char *remote)

@@ -24,7 +24,10 @@ int local_send(struct local_agent *l, const void *message, size_t len);
 int local_result(struct local_agent *l, struct control_text *r, int timeout_ms);
 /* STATUS. NULL: said already. The caller's to json_decref. */
 json_t *local_status(struct local_agent *l);
-/* PUBLISH of one region ("" for all) and its result. 0, or a negative errno, said already. */
+/* Waits until the agent, told to stop, has ended. 0, or a negative errno, said already. */
+int local_ended(struct local_agent *l);
+/* PUBLISH of one region ("" for all): waits until it is durable, with a progress line on a terminal, as long as it
+ * moves; MEMSYNC_TIMEOUT without any movement ends the wait. 0, or a negative errno, said already. */
 int local_publish(struct local_agent *l, const char *name);
 /* The region of that name in a status, NULL when it is not tracked here. remote NULL: at whichever remote. */
 json_t *local_region(json_t *status, const char *name, const char *remote);

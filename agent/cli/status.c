@@ -111,75 +111,30 @@ int command_status(const struct args *a)
     return code;
 }
 
-static uint64_t lag(json_t *status, const char *name)
-{
-    uint64_t sum = 0;
-    size_t i;
-    json_t *region;
-    json_array_foreach(json_object_get(status, "regions"), i,
-                       region) if (!*name || !strcmp(name, text_of(region, "name"))) sum +=
-        (uint64_t)number_of(region, "lag_bytes");
-    return sum;
-}
-
-/* Draws the line from what a second connection is told, until the first has its result. */
-static int wait_drawing(struct local_agent *l, const char *name, struct control_text *r)
-{
-    struct local_agent ask;
-    if (!isatty(STDERR_FILENO) || local_connect(&ask))
-        return local_result(l, r, -1);
-    struct progress p;
-    progress_start(&p, *name ? name : "everything", 0);
-    int rc;
-    while ((rc = local_result(l, r, 250)) == -ETIMEDOUT) {
-        json_t *status = local_status(&ask);
-        if (!status) {
-            rc = local_result(l, r, -1);
-            break;
-        }
-        uint64_t left = lag(status, name);
-        if (left > p.total - p.done)
-            p.total = p.done + left; /* more has come */
-        progress_at(&p, p.total - left);
-        json_decref(status);
-    }
-    progress_end(&p);
-    local_close(&ask);
-    return rc;
-}
-
-static int request(struct local_agent *l, const void *message, size_t len, const char *progress_name,
-                   const char *failed)
+static int request(struct local_agent *l, const void *message, size_t len, const char *failed)
 {
     static struct control_text r;
     int rc = local_send(l, message, len);
     if (!rc)
-        rc = progress_name ? wait_drawing(l, progress_name, &r) : local_result(l, &r, -1);
+        rc = local_result(l, &r, -1);
     if (!rc && r.code)
         cli_say("%s: %s", failed, *r.text ? r.text : strerror(-r.code));
-    else if (!rc && *r.text)
-        puts(r.text);
     return rc || r.code ? CLI_FAILED : CLI_DONE;
 }
 
 int command_sync(const struct args *a)
 {
-    const char *name = a->count ? a->words[0] : "";
-    uint8_t message[CONTROL_MAX];
-    static struct control_publish p;
-    if (strlen(name) >= sizeof p.name || (*name && name_fault(name)))
-        return cli_fail(CLI_USAGE, "%s is no name of a region: %s", name, *name ? name_fault(name) : "too long");
-    memcpy(p.name, name, strlen(name));
+    const char *name = a->count ? a->words[0] : "", *fault = a->count ? name_fault(name) : NULL;
+    if (fault)
+        return cli_fail(CLI_USAGE, "%s is no name of a region: %s", name, fault);
     struct local_agent l;
     int rc = local_connect(&l);
     if (rc == -ENOENT)
         return cli_fail(CLI_FAILED, "no agent is running on %s: nothing is tracked", l.socket);
-    if (rc)
-        return CLI_FAILED;
-    int code = request(&l, message, control_publish_put(message, sizeof message, &p), name,
-                       *name ? name : "what is tracked here");
+    if (!rc)
+        rc = local_publish(&l, name);
     local_close(&l);
-    return code;
+    return rc ? CLI_FAILED : CLI_DONE;
 }
 
 /* The interval is the variable's, as for programs. */
@@ -220,7 +175,7 @@ int command_watch(const struct args *a)
     if (local_connect_or_start(&l))
         return CLI_FAILED;
     uint8_t message[CONTROL_MAX];
-    code = request(&l, message, control_watch_put(message, sizeof message, &w), NULL, path);
+    code = request(&l, message, control_watch_put(message, sizeof message, &w), path);
     local_close(&l);
     if (code == CLI_DONE)
         printf("watching %s as %s at %s\n", path, name, a->remote);
@@ -239,10 +194,9 @@ int command_stop(const struct args *a)
     if (rc)
         return CLI_FAILED;
     uint8_t message[CONTROL_MAX];
-    int code =
-        request(&l, message, control_empty_put(message, sizeof message, CONTROL_STOP), NULL, "the agent does not stop");
+    rc = local_send(&l, message, control_empty_put(message, sizeof message, CONTROL_STOP)) ?: local_ended(&l);
     local_close(&l);
-    if (code == CLI_DONE)
+    if (!rc)
         printf("agent %u has stopped\n", l.pid);
-    return code;
+    return rc ? CLI_FAILED : CLI_DONE;
 }

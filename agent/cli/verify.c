@@ -1,8 +1,9 @@
 /* memsync verify: the hashes of all pages here and there.
  *
  * A region that the local agent tracks is published before the remote's epoch is pinned. What a program stores between
- * that publication and our own reading makes pages differ that are right; so those that differ are looked at once more,
- * against an epoch published after the first look. Only what differs both times is reported. */
+ * that publication and our own reading makes pages differ that are right; so those that differ are looked at again,
+ * each time against an epoch published after the look before, and only what differs every time is reported. The fewer
+ * there are, the shorter the time in which a program can come in between. */
 #include "agent/cli/cli.h"
 #include "agent/cli/local.h"
 #include "agent/cli/peer.h"
@@ -19,6 +20,7 @@
 
 #define OUTSTANDING 16u
 #define LOCAL_BYTES ((size_t)FRAME_HASHES_MAX * FRAME_PAGE)
+#define LOOKS 10u /* at most, at what differs in a tracked file */
 #define SHOWN 16u /* differing runs that are named */
 
 struct pages {
@@ -220,18 +222,21 @@ static int report(struct verify *v, struct pages *d, bool json)
 
 static int verify(struct verify *v, bool json)
 {
-    struct pages first = {0}, second = {0};
+    struct pages last = {0};
     struct stat st;
     progress_start(&v->progress, v->name, fstat(v->fd, &st) ? 0 : (uint64_t)st.st_size);
-    int code = look(v, NULL, &first);
+    int code = look(v, NULL, &last);
     progress_end(&v->progress);
-    bool again = v->live && !code && (first.count || v->size != v->entry.size);
-    if (again) /* of another size: what grew has not been looked at yet */
-        code = look(v, v->size == v->entry.size ? &first : NULL, &second);
+    for (unsigned n = 1; n < LOOKS && v->live && !code && (last.count || v->size != v->entry.size); n++) {
+        struct pages again = {0};
+        /* of another size: what grew has not been looked at yet */
+        code = look(v, v->size == v->entry.size ? &last : NULL, &again);
+        free(last.page);
+        last = again;
+    }
     if (!code)
-        code = report(v, again ? &second : &first, json);
-    free(first.page);
-    free(second.page);
+        code = report(v, &last, json);
+    free(last.page);
     return code;
 }
 
