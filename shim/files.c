@@ -214,7 +214,9 @@ void files_copied(int oldfd, int newfd)
 {
     uint32_t entry = files_entry(oldfd);
     if (!files_tracked(entry)) {
-        set(newfd, entry);
+        /* Unknown, not copied: a vfork child changes its parent's table here, and unknown is never wrong. */
+        if (!files_tracked(files_entry(newfd)))
+            set(newfd, FD_UNKNOWN);
         return;
     }
     if (!shim_mine() || (unsigned)newfd >= SHIM_FDS)

@@ -64,7 +64,7 @@ static const struct rule *named(const char *path, char name[NAME_CAP])
 
 static bool tell(struct scratch *s, enum control_name_phase phase)
 {
-    s->m.phase = phase;
+    s->m.phase = (uint8_t)phase;
     struct held h = shim_lock();
     bool up = client_up();
     if (up) {

@@ -66,7 +66,9 @@ static bool read_log(void)
 {
     static const char *const levels[] = {"off", "error", "warn", "info", "debug"};
     const char *value = variable("MEMSYNC_LOG");
-    say_file = variable("MEMSYNC_LOG_FILE");
+    const char *file = variable("MEMSYNC_LOG_FILE");
+    if (file && strlen(file) < sizeof say_file)
+        strcpy(say_file, file); /* programs overwrite their environment */
     for (int i = 0; value && i < 5; i++)
         if (!strcmp(value, levels[i])) {
             say_threshold = (enum say_level)i;

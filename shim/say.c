@@ -9,7 +9,7 @@
 #include <string.h>
 
 enum say_level say_threshold = SAY_WARN;
-const char *say_file;
+char say_file[CONTROL_PATH];
 static uint64_t start_dev, start_ino;
 
 struct text {
@@ -116,7 +116,7 @@ void say(enum say_level level, const char *format, ...)
     va_end(args);
     line[n++] = '\n';
     int fd = -1;
-    if (say_file && *say_file)
+    if (*say_file)
         fd = raw_openat(AT_FDCWD, say_file, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
     if (fd >= 0) {
         syscall(SYS_write, fd, line, n);

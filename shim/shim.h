@@ -68,7 +68,7 @@ void shim_lock_reset(void);             /* in a forked child */
 
 enum say_level { SAY_OFF, SAY_ERROR, SAY_WARN, SAY_INFO, SAY_DEBUG };
 extern enum say_level say_threshold;
-extern const char *say_file;
+extern char say_file[CONTROL_PATH]; /* "" for standard error */
 void say(enum say_level level, const char *format, ...);
 void say_start(void);
 /* Says a line for its cause once a process. */
