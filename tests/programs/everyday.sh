@@ -51,6 +51,9 @@ grep -v '^memsync: MEMSYNC_REGIONS is not set' "$T/shim.err" >"$T/complaints" ||
 diff "$T/native.err" "$T/complaints" >&2 || fail "without (<) and with (>) the shim the programs complain differently"
 diff -r --no-dereference "$W/native" "$W/shim" >"$T/diff" 2>&1 || fail "the files left behind differ: $(head -n 20 "$T/diff")"
 case $rules in
-tracked) stop_local ;;
+tracked)
+    [ -S "$SOCKET" ] || fail "no agent was started: nothing was replicated"
+    stop_local
+    ;;
 *) no_local_agents || fail "an agent was started although nothing matched" ;;
 esac

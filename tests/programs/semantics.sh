@@ -43,6 +43,7 @@ other)
     ;;
 *)
     quiet "$T/program.err"
+    [ -S "$SOCKET" ] || fail "no agent was started: nothing was replicated"
     stop_local
     ;;
 esac
