@@ -19,7 +19,6 @@
 #include <unistd.h>
 
 #define ROOM_MARGIN (64u << 20)
-#define TABLE_ROOM (1u << 20)   /* not given to epochs: what the store itself needs to go on */
 #define ZERO_STEP (16u << 20)
 #define ZERO_PUNCH (64u << 10) /* shorter runs of zeros are written: a hole would only have to be filled again */
 
@@ -215,7 +214,7 @@ static int reserve_extent(void *arg, struct part *p, const struct frame_extent *
     int err = fd < 0 ? fd : 0;
     off_t hole = err ? 0 : lseek(fd, (off_t)e->offset, SEEK_HOLE);
     if (!err && hole < (off_t)(e->offset + e->len)) { /* else it has its room already */
-        if (s->volume->ops->space(s->volume) < e->len + TABLE_ROOM)
+        if (s->volume->ops->space(s->volume) < e->len + STORE_TABLE_ROOM)
             err = -ENOSPC;
         else if (fallocate(fd, FALLOC_FL_KEEP_SIZE, (off_t)e->offset, e->len) < 0)
             err = -errno;

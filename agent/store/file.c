@@ -200,11 +200,13 @@ static int file_vacant(struct volume *v, const char *name, bool fresh, char erro
         close(at);
     if (err && err != -ENOENT) {
         snprintf(error, STORE_ERROR, "%.200s cannot be a region in %.150s: %s", name, f->dir,
-                 err == -ELOOP || err == -ENOTDIR ? "a file or a symlink stands where its directory would be" : strerror(-err));
+                 err == -ELOOP || err == -ENOTDIR ? "a file or a symlink stands where its directory would be"
+                                                  : strerror(-err));
         return -EINVAL;
     }
     if (!err && fresh) {
-        snprintf(error, STORE_ERROR, "%.200s is in %.150s already and is no region of this store: move it away, or choose another name",
+        snprintf(error, STORE_ERROR,
+                 "%.200s is in %.150s already and is no region of this store: move it away, or choose another name",
                  name, f->dir);
         return -EINVAL;
     }

@@ -27,6 +27,8 @@
 
 #include <pthread.h>
 
+#define STORE_TABLE_ROOM (1u << 20) /* of the disk, not given to epochs: what the store itself needs to go on */
+
 struct figures {
     uint64_t epoch, fence, size;
     struct id writer;
@@ -75,11 +77,11 @@ struct name {
 struct part {
     struct region *r; /* NULL in recovery: dead in the end, nothing to do */
     bool created;
-    bool direct;       /* created, and its spilled pages are in its file already */
-    bool stated;       /* by a REGION frame */
-    struct name *from; /* where it was found; NULL when created */
+    bool direct;        /* created, and its spilled pages are in its file already */
+    bool stated;        /* by a REGION frame */
+    struct name *from;  /* where it was found; NULL when created */
     struct name *under; /* whose name it had when its REGION came */
-    uint64_t base;     /* its epoch before */
+    uint64_t base;      /* its epoch before */
     uint64_t epoch, fence, min_size, size;
 };
 

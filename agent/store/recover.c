@@ -7,8 +7,8 @@
  *
  * Opening: read the table; walk the journal once for names and figures, which shows what lives in the end; walk it
  * again for the content of what lives; show every name; save the table with the journal
- * empty and the next generation; remove files that no name has. A kill in between changes nothing: the next opening starts from the same table and
- * journal. */
+ * empty and the next generation; remove files that no name has. A kill in between changes nothing: the next opening
+ * starts from the same table and journal. */
 #include "agent/store/inside.h"
 
 #include "agent/base/log.h"

@@ -234,7 +234,8 @@ static int add_op(struct store_txn *t, const struct buf *b, char error[STORE_ERR
 
 static bool lease_fence(const struct store_txn *t, const struct name *n, uint64_t fence)
 {
-    return n && lease_stands(t->s, n, &t->writer) && (fence == n->lease.fence || (n->lease.alias && fence == n->lease.alias));
+    return n && lease_stands(t->s, n, &t->writer) &&
+           (fence == n->lease.fence || (n->lease.alias && fence == n->lease.alias));
 }
 
 /* A renamed region may carry the fence of either name: both are this writer's. */
@@ -375,6 +376,8 @@ static void spill_work(void *arg)
     struct store_txn *t = j->t;
     struct store *s = t->s;
     struct span span = {.fd = -1};
+    if (s->volume->ops->space(s->volume) < j->bytes + STORE_TABLE_ROOM)
+        j->err = -ENOSPC;
     for (size_t i = 0; i < j->len && !j->err; i++) {
         struct part *p = j->parts[i];
         const struct buf *b = j->held[i].buf;
@@ -418,7 +421,8 @@ static void spill_done(void *arg)
     s->jobs--;
     if (j->err && !t->err) {
         t->err = j->err;
-        snprintf(t->error, STORE_ERROR, "a large epoch cannot be kept on disk: %s", strerror(-j->err));
+        const char *dir = s->volume->ops->dir(s->volume);
+        snprintf(t->error, STORE_ERROR, "%.250s cannot take a large epoch: %s", dir ? dir : "mem:", strerror(-j->err));
     }
     free(j->parts);
     free(j->held);
