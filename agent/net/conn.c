@@ -97,6 +97,10 @@ static void leave(struct conn *c, bool hurry)
 {
     c->state = CONN_LEAVING;
     c->control_only = hurry;
+    if (c->mute) {
+        conn_destroy(c);
+        return;
+    }
     uv_timer_start(&c->timer, on_timer, CONN_LEAVE_MS, 0);
     conn_kick(c);
 }
@@ -297,13 +301,12 @@ static void on_frame(struct conn *c, const struct frame_header *h, struct buf *p
     }
     if (s->forgotten)
         return;
-    if (frame_windowed(h->type)) {
-        if (h->len > s->recv_window) {
-            conn_fault(c, -EPROTO, FRAME_E_PROTOCOL, "%s sends beyond its window on stream %u", c->peer, h->stream);
-            return;
-        }
-        s->recv_window -= h->len;
+    uint32_t window = frame_window(h->type, h->len);
+    if (window > s->recv_window) {
+        conn_fault(c, -EPROTO, FRAME_E_PROTOCOL, "%s sends beyond its window on stream %u", c->peer, h->stream);
+        return;
     }
+    s->recv_window -= window;
     c->ops->frame(c->owner, h->stream, h->type, p);
 }
 
@@ -372,6 +375,8 @@ static void on_eof(struct conn *c)
 {
     if (c->state == CONN_LEAVING)
         conn_destroy(c);
+    else if (c->mute)
+        conn_fault(c, c->mute, 0, "%s: %s", c->peer, uv_strerror(c->mute));
     else if (c->state == CONN_GREETING)
         conn_fault(c, -ECONNRESET, 0, "%s hung up before saying HELLO", c->peer);
     else if (c->in_start != c->in_end)

@@ -1,14 +1,18 @@
-/* A connection between agents: frames of many streams over one socket, with priorities, windows, heartbeats and checksums. Loop thread only.
+/* A connection between agents: frames of many streams over one socket, with priorities, windows, heartbeats and
+ * checksums. Loop thread only.
  *
- * States: dialling (client only) -> greeting (our HELLO is out, theirs awaited) -> open -> closed. `closed` is told exactly once, from the loop, never from
- * within a call to this module; the conn is freed after it. A connection that is silent for CONN_SILENCE_MS (PINGs go out in between) is closed with
- * -ETIMEDOUT. It never reconnects: that is its owner's decision.
+ * States: dialling (client only) -> greeting (our HELLO is out, theirs awaited) -> open -> closed. `closed` is told
+ * exactly once, from the loop, never from within a call to this module; the conn is freed after it. A connection that
+ * is silent for CONN_SILENCE_MS (PINGs go out in between) is closed with -ETIMEDOUT. It never reconnects: that is its
+ * owner's decision.
  *
- * Sending: each stream has a queue of frames; the next frame to go is of the most urgent stream that has one and whose window lets it go (round-robin among
- * equals). Only a little is given to the kernel at a time, so that an urgent frame waits behind at most CONN_AHEAD bytes. Payloads are not copied.
+ * Sending: each stream has a queue of frames; the next frame to go is of the most urgent stream that has one and whose
+ * window lets it go (round-robin among equals). Only a little is given to the kernel at a time, so that an urgent frame
+ * waits behind at most CONN_AHEAD bytes. Payloads are not copied.
  *
- * Receiving: a data-bearing frame (PAGES, DATA, HASHES) uses up the peer's window on its stream; the owner gives it back with conn_credit once it has put
- * the bytes somewhere. A peer that sends beyond its window is closed with -EPROTO. */
+ * Receiving: a data-bearing frame (PAGES, DATA, HASHES) uses up the peer's window on its stream; the owner gives it
+ * back with conn_credit once it has put the bytes somewhere. A peer that sends beyond its window is closed with
+ * -EPROTO. */
 #ifndef NET_CONN_H
 #define NET_CONN_H
 
@@ -22,34 +26,48 @@
 #define CONN_AHEAD (256u << 10)
 #define CONN_STREAMS_MAX 4096u
 
-enum conn_priority { CONN_URGENT, CONN_NORMAL, CONN_BULK, CONN_PRIORITIES }; /* control and demand reads; epochs; bulk */
+enum conn_priority {
+    CONN_URGENT,
+    CONN_NORMAL,
+    CONN_BULK,
+    CONN_PRIORITIES
+}; /* control and demand reads; epochs; bulk */
 
 struct conn;
 
 struct conn_ops {
     void (*open)(void *owner, const struct frame_hello *peer);
-    /* One frame on stream > 0; for stream 0 CLOSE only (payload names the stream). The payload is held only for the call: buf_hold to keep it. */
+    /* One frame on stream > 0; for stream 0 CLOSE only (payload names the stream). The payload is held only for the
+     * call: buf_hold to keep it. */
     void (*frame)(void *owner, uint32_t stream, uint8_t type, struct buf *payload);
-    void (*drained)(void *owner, uint32_t stream); /* the stream's queue fell under CONN_LOW bytes after having been above */
-    void (*closed)(void *owner, int err, const char *why); /* err negative errno; 0: conn_close was called, or the peer closed in order */
+    void (*drained)(void *owner,
+                    uint32_t stream); /* the stream's queue fell under CONN_LOW bytes after having been above */
+    void (*closed)(void *owner, int err,
+                   const char *why); /* err negative errno; 0: conn_close was called, or the peer closed in order */
 };
 #define CONN_LOW (1u << 20)
 
-/* addr is "HOST:PORT" ([v6]:PORT too) or "unix:PATH". NULL only without memory: whatever else fails is told by `closed`. */
-struct conn *conn_dial(uv_loop_t *loop, const char *addr, const struct frame_hello *self, const struct conn_ops *ops, void *owner);
-/* Takes over an accepted stream handle (uv_tcp_t or uv_pipe_t, heap-allocated, freed by conn). client: whether to number streams and speak first as one; both sides greet. */
+/* addr is "HOST:PORT" ([v6]:PORT too) or "unix:PATH". NULL only without memory: whatever else fails is told by
+ * `closed`. */
+struct conn *conn_dial(uv_loop_t *loop, const char *addr, const struct frame_hello *self, const struct conn_ops *ops,
+                       void *owner);
+/* Takes over an accepted stream handle (uv_tcp_t or uv_pipe_t, heap-allocated, freed by conn). client: whether to
+ * number streams and speak first as one; both sides greet. */
 struct conn *conn_take(uv_stream_t *stream, const struct frame_hello *self, const struct conn_ops *ops, void *owner);
 
-/* Queues a frame: the payload's reference is taken over (NULL payload: none). Never fails visibly: on a closing connection the frame is dropped. */
+/* Queues a frame: the payload's reference is taken over (NULL payload: none). Never fails visibly: on a closing
+ * connection the frame is dropped. */
 void conn_send(struct conn *c, uint32_t stream, uint8_t type, struct buf *payload);
-void conn_set_priority(struct conn *c, uint32_t stream, enum conn_priority p); /* default CONN_NORMAL; stream 0 is always urgent */
-size_t conn_queued(const struct conn *c, uint32_t stream);                     /* bytes not yet given to the kernel; stream 0: of all */
+void conn_set_priority(struct conn *c, uint32_t stream,
+                       enum conn_priority p);              /* default CONN_NORMAL; stream 0 is always urgent */
+size_t conn_queued(const struct conn *c, uint32_t stream); /* bytes not yet given to the kernel; stream 0: of all */
 void conn_credit(struct conn *c, uint32_t stream, uint32_t bytes);
 void conn_forget(struct conn *c, uint32_t stream); /* sends CLOSE, drops the queue */
-/* Sends what is queued for at most a second when `flush`, then closes. With text: an ERROR frame of that code goes first. */
+/* Sends what is queued for at most a second when `flush`, then closes. With text: an ERROR frame of that code goes
+ * first. */
 void conn_close(struct conn *c, bool flush, uint16_t code, const char *text);
 void conn_set_silence(struct conn *c, unsigned ms); /* instead of CONN_SILENCE_MS; tests are in a hurry */
-const char *conn_peer(const struct conn *c); /* "host:port", "unix:..." for messages */
+const char *conn_peer(const struct conn *c);        /* "host:port", "unix:..." for messages */
 uint64_t conn_bytes_out(const struct conn *c);
 uint64_t conn_bytes_in(const struct conn *c);
 

@@ -89,7 +89,7 @@ void conn_stream_free(struct conn *c, struct stream *s)
 static bool sendable(const struct stream *s)
 {
     const struct out *o = TAILQ_FIRST(&s->queue);
-    return o && (!frame_windowed(o->type) || o->payload->len <= s->send_window);
+    return o && out_window(o) <= s->send_window;
 }
 
 void conn_stream_ready(struct conn *c, struct stream *s)
@@ -229,8 +229,7 @@ static struct out *next_out(struct conn *c)
     TAILQ_REMOVE(&s->queue, o, link);
     s->queued -= out_size(o);
     c->queued -= out_size(o);
-    if (frame_windowed(o->type))
-        s->send_window -= o->payload->len;
+    s->send_window -= out_window(o);
     if (s->ready) { /* to the end of the line */
         TAILQ_REMOVE(&c->ready[s->priority], s, turn);
         s->ready = false;
@@ -253,8 +252,7 @@ static struct stream *stream_of(struct conn *c, const struct out *o)
 static void put_back(struct conn *c, struct out *o)
 {
     struct stream *s = stream_of(c, o);
-    if (frame_windowed(o->type))
-        s->send_window += o->payload->len;
+    s->send_window += out_window(o);
     TAILQ_INSERT_HEAD(&s->queue, o, link);
     s->queued += out_size(o);
     c->queued += out_size(o);
@@ -288,6 +286,16 @@ static void tell_drained(struct conn *c, const uint32_t *streams, unsigned count
     }
 }
 
+/* A peer that says ERROR and hangs up makes our next write fail before we have read why: so reading goes on, and ends
+ * the connection when there is no more to read. */
+static void write_failed(struct conn *c, int err)
+{
+    c->mute = err;
+    uv_idle_stop(&c->pump);
+    if (c->state == CONN_LEAVING)
+        conn_destroy(c);
+}
+
 static void on_written(uv_write_t *req, int status)
 {
     struct conn *c = req->data;
@@ -299,7 +307,7 @@ static void on_written(uv_write_t *req, int status)
     if (c->state == CONN_CLOSED)
         return;
     if (status < 0) {
-        conn_fault(c, status, 0, "%s: %s", c->peer, uv_strerror(status));
+        write_failed(c, status);
         return;
     }
     tell_drained(c, &stream, 1);
@@ -320,7 +328,7 @@ static void write_part(struct conn *c)
     if (rc < 0) {
         out_free(c->part);
         c->part = NULL;
-        conn_fault(c, rc, 0, "%s: %s", c->peer, uv_strerror(rc));
+        write_failed(c, rc);
     }
 }
 
@@ -346,7 +354,7 @@ static bool settle(struct conn *c, struct out **batch, unsigned n, size_t writte
 
 static void pump(struct conn *c)
 {
-    if (c->state == CONN_CLOSED || c->part || c->shut)
+    if (c->state == CONN_CLOSED || c->part || c->shut || c->mute)
         return;
     struct out *batch[BATCH];
     uint32_t streams[BATCH];
@@ -369,7 +377,7 @@ static void pump(struct conn *c)
     int rc = uv_try_write(c->socket, bufs, pieces_n);
     bool all = settle(c, batch, n, rc > 0 ? (size_t)rc : 0);
     if (rc < 0 && rc != UV_EAGAIN) {
-        conn_fault(c, rc, 0, "%s: %s", c->peer, uv_strerror(rc));
+        write_failed(c, rc);
         return;
     }
     if (all) {
@@ -388,7 +396,7 @@ static void on_pump(uv_idle_t *idle)
 
 void conn_kick(struct conn *c)
 {
-    if (c->state != CONN_DIALLING && c->state != CONN_CLOSED && !c->part && !c->shut)
+    if (c->state != CONN_DIALLING && c->state != CONN_CLOSED && !c->part && !c->shut && !c->mute)
         uv_idle_start(&c->pump, on_pump);
 }
 

@@ -85,6 +85,7 @@ struct conn {
     size_t part_at;
     bool control_only; /* leaving in a hurry: only stream 0 is sent, nothing is listened to */
     bool shut;
+    int mute; /* not 0: writing failed so; what the peer said last is still read */
 
     int err;
     char why[FRAME_TEXT_MAX + 400];
@@ -95,9 +96,15 @@ static inline size_t out_size(const struct out *o)
     return FRAME_HEADER + (o->payload ? o->payload->len : 0);
 }
 
-static inline bool frame_windowed(uint8_t type)
+/* How much of the window a frame uses. */
+static inline uint32_t frame_window(uint8_t type, uint32_t len)
 {
-    return type == FRAME_PAGES || type == FRAME_DATA || type == FRAME_HASHES;
+    return type == FRAME_PAGES || type == FRAME_DATA || type == FRAME_HASHES ? len : 0;
+}
+
+static inline uint32_t out_window(const struct out *o)
+{
+    return o->payload ? frame_window(o->type, o->payload->len) : 0;
 }
 
 /* conn.c */

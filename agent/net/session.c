@@ -250,7 +250,8 @@ static void on_closed(void *owner, int err, const char *why)
 {
     struct session *s = owner;
     struct server *server = s->server;
-    log_at(err ? LOG_WARN : LOG_INFO, "%s", why);
+    bool hung_up = !err || err == -ECONNRESET || err == -EPIPE; /* tools do */
+    log_at(hung_up ? LOG_INFO : LOG_WARN, "%s", why);
     session_epoch_orphan(s);
     session_request_orphan(s);
     if (s->open)

@@ -493,6 +493,68 @@ static void notices_cut_frames(void **state)
     free(e);
 }
 
+/* It says why and hangs up, with what we sent unread: the reason arrives all the same. */
+static void hears_last_words(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    int fd = take(e);
+    raw_hello(fd);
+    UNTIL(e->opened);
+    uint8_t f[FRAME_HEADER + 600];
+    struct frame_failed last = {.code = FRAME_E_LIMIT, .text = "enough of you"};
+    size_t len = frame_failed_put(f + FRAME_HEADER, 600, &last);
+    frame_header_put(f, FRAME_ERROR, 0, (uint32_t)len, frame_payload_hash(f + FRAME_HEADER, len));
+    assert_int_equal(write(fd, f, FRAME_HEADER + len), FRAME_HEADER + len);
+    close(fd);
+    conn_send(e->conn, 1, FRAME_LIST, bytes(4, 1));
+    UNTIL(e->closed);
+    assert_int_equal(e->err, -ENOBUFS);
+    assert_non_null(strstr(e->why, "enough of you"));
+    free(e);
+}
+
+/* A CLOSE is answered by one, whether or not the stream was known: only then can its sender forget it. */
+static void answers_close(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    int fd = take(e);
+    uint8_t id[4], f[FRAME_HEADER + 4];
+    put_u32(id, 5);
+    raw_hello(fd);
+    UNTIL(e->opened);
+    uint64_t before = 0;
+    while (conn_queued(e->conn, 0) || conn_bytes_out(e->conn) != before) {
+        before = conn_bytes_out(e->conn);
+        uv_run(&loop, UV_RUN_NOWAIT);
+    }
+    raw_frame(fd, FRAME_LIST, 5, id, 4);
+    raw_frame(fd, FRAME_CLOSE, 0, id, 4);
+    raw_frame(fd, FRAME_CLOSE, 0, id, 4);
+    UNTIL(conn_bytes_out(e->conn) == before + 2 * sizeof f);
+    assert_int_equal(e->frames, 2);
+    close(fd);
+    UNTIL(e->closed);
+    free(e);
+}
+
+static void notices_resets(void **state)
+{
+    (void)state;
+    struct end *e = ends();
+    int fd = take(e);
+    raw_hello(fd);
+    UNTIL(e->opened);
+    for (int i = 0; i < 20; i++)
+        conn_send(e->conn, 1, FRAME_PAGES, bytes(61440, i));
+    uv_run(&loop, UV_RUN_NOWAIT);
+    close(fd);
+    UNTIL(e->closed);
+    assert_true(e->err == -ECONNRESET || e->err == -EPIPE);
+    free(e);
+}
+
 static void notices_silence(void **state)
 {
     (void)state;
@@ -696,6 +758,9 @@ int main(void)
         cmocka_unit_test(bounds_streams),
         cmocka_unit_test(bounds_answers),
         cmocka_unit_test(notices_cut_frames),
+        cmocka_unit_test(answers_close),
+        cmocka_unit_test(hears_last_words),
+        cmocka_unit_test(notices_resets),
         cmocka_unit_test(notices_silence),
         cmocka_unit_test(idle_pairs_live),
         cmocka_unit_test(close_flushes),
