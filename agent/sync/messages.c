@@ -204,8 +204,11 @@ static int on_map(struct program *p, struct message *msg)
     if (control_map_get(msg->data, msg->len, &m))
         return -EPROTO;
     struct use *u = use_of(p, m.region);
+    m.len = (m.len + PAGE - 1) & ~(uint64_t)(PAGE - 1);
     if (!u)
         return 0;
+    if (m.addr % PAGE || m.offset % PAGE || !m.len)
+        return -EPROTO;
     if (u->nmaps + 2 > u->maps_cap) {
         size_t cap = u->maps_cap ? u->maps_cap * 2 : 4;
         struct track_map *more = realloc(u->maps, cap * sizeof *more);
@@ -527,10 +530,15 @@ static int receive(struct program *p)
     if (n < 0)
         return errno == EINTR ? 0 : -errno;
     struct message m = {.data = data, .len = (size_t)n};
+    int passed[sizeof control / sizeof(int)];
     for (struct cmsghdr *c = CMSG_FIRSTHDR(&h); c; c = CMSG_NXTHDR(&h, c))
         if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS) {
-            m.nfds = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-            memcpy(m.fds, CMSG_DATA(c), m.nfds * sizeof(int));
+            size_t came = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+            memcpy(passed, CMSG_DATA(c), came * sizeof(int)); /* `control` has room for no more */
+            for (; came > CONTROL_FDS; came--)
+                close(passed[came - 1]);
+            memcpy(m.fds, passed, came * sizeof(int));
+            m.nfds = came;
         }
     int rc = !n ? -ECONNRESET : h.msg_flags & (MSG_TRUNC | MSG_CTRUNC) ? -EPROTO : dispatch(p, &m);
     for (size_t i = 0; i < m.nfds; i++)

@@ -116,7 +116,7 @@ static void refuse(struct region *r, enum attach as)
 
 void use_retire(struct use *u, uint64_t addr, uint64_t len)
 {
-    uint64_t end = addr + len;
+    uint64_t end = (addr + len + PAGE - 1) & ~(uint64_t)(PAGE - 1); /* a call takes the whole of the last page */
     for (size_t i = 0; i < u->nmaps; i++) {
         struct track_map *m = &u->maps[i], old = *m;
         uint64_t last = old.addr + old.len;
