@@ -38,14 +38,20 @@ void store_fail(struct store *s, const char *what, int err)
     log_error("%s", s->failure);
 }
 
+/* t->err and t->error say why. */
+static void refused_as_said(struct store_txn *t)
+{
+    txns_push(&t->s->refused, t);
+    store_wake(t->s);
+}
+
 static void refused(struct store_txn *t, int err, const char *text)
 {
     if (!t->err) {
         t->err = err;
         snprintf(t->error, STORE_ERROR, "%s", text);
     }
-    txns_push(&t->s->refused, t);
-    store_wake(t->s);
+    refused_as_said(t);
 }
 
 struct discard {
@@ -639,7 +645,7 @@ static struct checkpoint *checkpoint_new(struct store *s, bool last)
         free(c);
         return NULL;
     }
-    if (last)
+    if (last && s->names_len)
         memcpy(c->names, s->names, (c->names_len = s->names_len) * sizeof *c->names);
     c->dirty = s->dirty;
     c->dirty_len = s->dirty_len;
@@ -742,7 +748,7 @@ static void queue_check(struct store *s)
                      s->failed ? s->failure : "the store's disk is full: earlier epochs wait for room");
         }
         if (t->err && !t->spilling)
-            refused(t, t->err, t->error);
+            refused_as_said(t);
         else
             txns_push(&again, t);
     }

@@ -77,7 +77,8 @@ void journal_trim(struct journal *j, uint64_t seq)
         j->head = j->marks[n++].end;
     }
     j->marks_len -= n;
-    memmove(j->marks, j->marks + n, j->marks_len * sizeof *j->marks);
+    if (j->marks_len)
+        memmove(j->marks, j->marks + n, j->marks_len * sizeof *j->marks);
 }
 
 uint64_t journal_next(const struct journal *j, uint64_t seq)
