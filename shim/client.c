@@ -379,8 +379,11 @@ void client_release(uint32_t number)
 
 void client_map(const struct range *r, bool dirty)
 {
+    bool events = files_region(r->region)->strategy == RULE_INOTIFY;
     struct control_map m = {.region = r->region,
-                            .tracker = r->state == RANGE_UFFD ? CONTROL_TRACK_UFFD : CONTROL_TRACK_HASH,
+                            .tracker = r->state == RANGE_UFFD ? CONTROL_TRACK_UFFD
+                                       : events               ? CONTROL_TRACK_INOTIFY
+                                                              : CONTROL_TRACK_HASH,
                             .dirty = dirty,
                             .addr = r->start,
                             .len = r->end - r->start,

@@ -108,16 +108,19 @@ static uint32_t new_region(const struct statx *st, const struct rule *rule, cons
     files_source(st, &r->dev, &r->source);
     r->terms = rule->terms;
     r->strategy = rule->strategy;
-    r->hashed = rule->strategy == RULE_HASH || (how & FILES_STREAM);
+    r->hashed = rule->strategy == RULE_INOTIFY                        ? CONTROL_HASHED_EVENTS
+                : rule->strategy == RULE_HASH || (how & FILES_STREAM) ? CONTROL_HASHED_ALL
+                                                                      : CONTROL_HASHED_NEVER;
     r->fresh = how & FILES_FRESH;
     r->fds = r->streams = 0;
     r->marks = NULL;
     r->used = true;
     __atomic_add_fetch(&files_open, 1, __ATOMIC_RELAXED);
     say(SAY_INFO, "%s matches the rule %s: region %s, written by %s", path, rule->glob, r->name,
-        how & FILES_STREAM ? "stdio, found by hashing"
-        : r->hashed        ? "calls and stores, found by hashing"
-                           : "calls (marked) and stores (tracked per mapping)");
+        r->hashed == CONTROL_HASHED_EVENTS ? "calls and stores, found by events (inotify) and by hashing at sync points"
+        : how & FILES_STREAM               ? "stdio, found by hashing"
+        : r->hashed                        ? "calls and stores, found by hashing"
+                                           : "calls (marked) and stores (tracked per mapping)");
     client_region(n, fd);
     return n;
 }

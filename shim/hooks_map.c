@@ -139,7 +139,7 @@ static void restore(uint64_t start, uint64_t end)
 static void track(struct range *r)
 {
     const struct region *g = files_region(r->region);
-    if (g->strategy == RULE_HASH) {
+    if (g->strategy == RULE_HASH || g->strategy == RULE_INOTIFY) {
         r->state = RANGE_HASHED;
         return;
     }
@@ -174,7 +174,10 @@ static void enter(struct range *r, bool writable)
         track(r);
         client_map(r, false);
         say(SAY_INFO, "%s: %l bytes mapped for writing, tracked by %s", files_region(r->region)->path,
-            r->end - r->start, r->state == RANGE_UFFD ? "page-table bits (uffd)" : "hashing");
+            r->end - r->start,
+            r->state == RANGE_UFFD                              ? "page-table bits (uffd)"
+            : files_region(r->region)->strategy == RULE_INOTIFY ? "hashing at sync points"
+                                                                : "hashing");
     }
     add(r);
 }

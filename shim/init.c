@@ -119,10 +119,9 @@ static bool read_choices(void)
     const char *value = variable("MEMSYNC_STRATEGY");
     shim.defaults = (struct rules_defaults){.strategy = RULE_AUTO, .ack = CONTROL_ACK_DURABLE, .interval_ms = 1000};
     if (value && rules_strategy(value, &shim.defaults.strategy))
-        return wrong("MEMSYNC_STRATEGY", value, "unknown; auto, uffd and hash are possible");
-    if (shim.defaults.strategy != RULE_AUTO && shim.defaults.strategy != RULE_UFFD &&
-        shim.defaults.strategy != RULE_HASH)
-        return wrong("MEMSYNC_STRATEGY", value, "not built; auto, uffd and hash are");
+        return wrong("MEMSYNC_STRATEGY", value, "unknown; " RULES_BUILT " are possible");
+    if (!rules_built(shim.defaults.strategy))
+        return wrong("MEMSYNC_STRATEGY", value, "not built; " RULES_BUILT " are");
     value = variable("MEMSYNC_ACK");
     if (value && rules_ack(value, &shim.defaults.ack))
         return wrong("MEMSYNC_ACK", value, "unknown; durable, received and async are possible");

@@ -16,10 +16,8 @@ static const char *const mode_names[] = {"push", "pull", "mirror", "none", NULL}
 static const char *const strategy_names[] = {"auto", "uffd", "softdirty", "hash", "inotify", "fuse",
                                              "nbd",  "ublk", "cuse",      "kmod", NULL};
 static const char *const strategy_not_built[RULE_STRATEGIES] = {
-    [RULE_SOFTDIRTY] = "strategy=softdirty", [RULE_INOTIFY] = "strategy=inotify",
-    [RULE_FUSE] = "strategy=fuse",           [RULE_NBD] = "strategy=nbd",
-    [RULE_UBLK] = "strategy=ublk",           [RULE_CUSE] = "strategy=cuse",
-    [RULE_KMOD] = "strategy=kmod",
+    [RULE_SOFTDIRTY] = "strategy=softdirty", [RULE_FUSE] = "strategy=fuse", [RULE_NBD] = "strategy=nbd",
+    [RULE_UBLK] = "strategy=ublk",           [RULE_CUSE] = "strategy=cuse", [RULE_KMOD] = "strategy=kmod",
 };
 static const char *const ack_names[] = {"durable", "received", "async", NULL};
 static const char *const initial_names[] = {"push", "pull", NULL};
@@ -163,6 +161,11 @@ int rules_time(const char *text, uint64_t *ms)
         if (!strcmp(text, units[i].unit))
             return __builtin_mul_overflow(*ms, units[i].ms, ms) || *ms == UINT64_MAX ? -EINVAL : 0;
     return -EINVAL;
+}
+
+bool rules_built(enum rule_strategy s)
+{
+    return !strategy_not_built[s];
 }
 
 int rules_strategy(const char *text, enum rule_strategy *s)

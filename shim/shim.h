@@ -86,7 +86,8 @@ size_t say_format(char *to, size_t cap, const char *format, ...);
 enum { FD_UNKNOWN, FD_UNMATCHED, FD_READER, FD_TRACKED }; /* FD_TRACKED + n: region n */
 
 struct region {
-    bool used, fresh, hashed;
+    bool used, fresh;
+    uint8_t hashed;   /* enum control_hashed */
     uint32_t streams; /* stdio streams that write it unseen, where it is not hashed anyway */
     uint32_t fds;     /* writable descriptors */
     enum rule_strategy strategy;

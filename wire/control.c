@@ -119,7 +119,7 @@ int control_region_get(const void *p, size_t len, struct control_region *m)
     terms_get(&r, &m->terms);
     rd_str(&r, m->path, sizeof m->path);
     rd_str(&r, m->name, sizeof m->name);
-    return m->region ? get_end(&r) : -EPROTO;
+    return m->region && m->hashed <= CONTROL_HASHED_EVENTS ? get_end(&r) : -EPROTO;
 }
 
 size_t control_marks_put(void *to, size_t cap, const struct control_marks *m)
@@ -162,7 +162,7 @@ int control_map_get(const void *p, size_t len, struct control_map *m)
     m->addr = rd_u64(&r);
     m->len = rd_u64(&r);
     m->offset = rd_u64(&r);
-    if (m->tracker > CONTROL_TRACK_HASH || !range_good(m->addr, m->len) || m->len > INT64_MAX ||
+    if (m->tracker > CONTROL_TRACK_INOTIFY || !range_good(m->addr, m->len) || m->len > INT64_MAX ||
         m->offset > (uint64_t)INT64_MAX - m->len)
         return -EPROTO;
     return get_end(&r);

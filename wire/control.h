@@ -45,7 +45,10 @@ enum control_type {
 enum control_ack { CONTROL_ACK_DURABLE, CONTROL_ACK_RECEIVED, CONTROL_ACK_ASYNC };
 enum control_loss { CONTROL_LOSS_CONTINUE, CONTROL_LOSS_BLOCK, CONTROL_LOSS_FAIL };
 enum control_initial { CONTROL_INITIAL_SAFE, CONTROL_INITIAL_PUSH, CONTROL_INITIAL_PULL };
-enum control_tracker { CONTROL_TRACK_UFFD, CONTROL_TRACK_HASH };
+enum control_tracker { CONTROL_TRACK_UFFD, CONTROL_TRACK_HASH, CONTROL_TRACK_INOTIFY };
+/* Which captures compare a region by hash, whatever its marks and maps say: none, all, all that a sync point asks for and, of the clock's, those before
+ * which the file made events (strategy=inotify). */
+enum control_hashed { CONTROL_HASHED_NEVER, CONTROL_HASHED_ALL, CONTROL_HASHED_EVENTS };
 
 #define CONTROL_FD_PAGEMAP 1u
 #define CONTROL_FD_UFFD 2u
@@ -72,7 +75,7 @@ struct control_terms {
 struct control_region {
     uint32_t region;       /* the shim's number for it, of this process: no other open region has it */
     uint8_t fresh;         /* nobody can have stored to the file unseen since this process opened it: 0 after exec, fork, re-attach */
-    uint8_t hashed;        /* written through stdio, or strategy=hash: found by hashing at each sync point */
+    uint8_t hashed;        /* enum control_hashed: ALL when written through stdio, or strategy=hash */
     uint64_t dev;
     struct source source;
     struct control_terms terms;

@@ -142,8 +142,9 @@ static void check_strategies(struct report *r, bool uffd)
         uffd ? "uses uffd: page tables say which pages were stored to"
              : "uses hash: all of a file is read at each sync point");
     say(r, GOOD, NULL, "strategy hash", "works everywhere");
+    say(r, GOOD, NULL, "strategy inotify", "works where the file's writers are on this host");
     say(r, NOTE, NULL, "strategy softdirty", "not built (tried out: this kernel %s it)", soft ? "has" : "lacks");
-    say(r, NOTE, NULL, "other strategies", "inotify, fuse, nbd, ublk, cuse, kmod: not built");
+    say(r, NOTE, NULL, "other strategies", "fuse, nbd, ublk, cuse, kmod: not built");
 }
 
 static void check_limits(struct report *r)

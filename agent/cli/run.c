@@ -69,9 +69,9 @@ static int check_strategy(const char *strategy)
 {
     enum rule_strategy s;
     if (rules_strategy(strategy, &s))
-        return cli_fail(CLI_USAGE, "--strategy %s is none; these are: auto, uffd, hash", strategy);
-    if (s != RULE_AUTO && s != RULE_UFFD && s != RULE_HASH)
-        return cli_fail(CLI_FAILED, "--strategy %s is not built; these are: auto, uffd, hash", strategy);
+        return cli_fail(CLI_USAGE, "--strategy %s is none; these are: " RULES_BUILT, strategy);
+    if (!rules_built(s))
+        return cli_fail(CLI_FAILED, "--strategy %s is not built; these are: " RULES_BUILT, strategy);
     return 0;
 }
 

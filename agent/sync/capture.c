@@ -87,10 +87,10 @@ static void scan_part(struct part *p)
     p->size = (uint64_t)st.st_size;
     p->mtime = ns_of(st.st_mtim);
     p->ctime = ns_of(st.st_ctim);
-    struct track_file file = {p->body->fd, p->size, &p->body->published};
+    struct track_file file = {p->body->fd, p->size, &p->body->published, p->glance, p->watch && watch_take(p->watch)};
     for (size_t i = 0; i < p->nmaps && !p->err; i++)
         p->err = track_collect(&p->maps[i], &file, &p->found);
-    if (p->by_hash && !stamps_stand(p->body, p))
+    if (file.events || (p->by_hash && !stamps_stand(p->body, p)))
         p->everything = true;
     if (p->everything && !p->err)
         p->err = track_everything(&file, &p->found);
@@ -270,16 +270,18 @@ static int part_fill(struct capture *c, struct part *p, struct region *r)
         if (u->marks)
             p->marks[p->nmarks++] = u->marks;
         for (size_t i = 0; i < u->nmaps; i++) {
-            if (u->maps[i].ops->reads_all && c->scan_only)
-                continue; /* it will be found by content whenever we look */
             p->owners[p->nmaps] = u->program;
             p->maps[p->nmaps++] = u->maps[i];
         }
-        p->by_hash |= u->hashed && !c->scan_only;
-        p->everything |= u->hashed > 1 && !c->scan_only;
+        if (c->scan_only)
+            continue;
+        p->by_hash |= u->hashed == CONTROL_HASHED_ALL || (u->hashed == CONTROL_HASHED_EVENTS && !c->clock);
+        p->glance |= u->hashed == CONTROL_HASHED_EVENTS && c->clock;
+        p->everything |= u->program->watch;
     }
-    if (!c->scan_only) { /* a program that dies from now on makes it unknown again */
-        p->everything |= b->unknown;
+    if (!c->scan_only) {
+        p->watch = b->watch;
+        p->everything |= b->unknown; /* a program that dies from now on makes it unknown again */
         b->unknown = false;
     }
     return 0;
@@ -342,6 +344,9 @@ static int pass_start(struct capture *c)
     for (struct program *p = g->link->local->programs; p && !rc; p = p->next)
         hold_program(c, p);
     c->pass++;
+    c->clock &= c->pass == 1;
+    for (const struct waiter *w = g->waiters; w; w = w->next)
+        c->clock &= w->captured;
     if (c->pass == 1 && !c->scan_only) {
         c->ops = g->ops;
         g->ops = NULL;
@@ -377,13 +382,14 @@ static void capture_end(struct capture *c)
     group_captured(g);
 }
 
-int capture_start(struct group *g, bool scan_only)
+int capture_start(struct group *g, enum capture_kind kind)
 {
     struct capture *c = calloc(1, sizeof *c);
     if (!c)
         return -ENOMEM;
     c->group = g;
-    c->scan_only = scan_only;
+    c->scan_only = kind == CAPTURE_SCAN;
+    c->clock = kind == CAPTURE_CLOCK;
     c->began = now_us();
     g->capture = c;
     int rc = pass_start(c);
@@ -578,9 +584,11 @@ static bool begin_reading(struct capture *c)
         b->min_size = UINT64_MAX;
         b->size = p->size;
         b->killed &= b->unknown;
-        b->stat_mtime = p->mtime;
-        b->stat_ctime = p->ctime;
-        b->stat_seen = p->seen;
+        if (!p->glance || p->everything) { /* looked into: its stamps stand for its content */
+            b->stat_mtime = p->mtime;
+            b->stat_ctime = p->ctime;
+            b->stat_seen = p->seen;
+        }
         p->todo_bytes = extents_bytes(&p->todo);
         todo += p->todo_bytes;
     }

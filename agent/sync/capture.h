@@ -33,6 +33,8 @@ struct part {
     struct marks **marks;
     size_t nmarks;
     bool by_hash, everything;
+    struct watch *watch; /* the body's, if it is to be heard */
+    bool glance;         /* the clock's look at a file that is looked into only after events */
     /* the scan's results */
     struct extents found;
     uint64_t size, min_size;
@@ -51,7 +53,7 @@ enum capture_phase { CAPTURE_SCANNING, CAPTURE_READING, CAPTURE_PAUSED };
 struct capture {
     struct group *group;
     enum capture_phase phase;
-    bool scan_only, aborted, final, at_once;
+    bool scan_only, clock, aborted, final, at_once; /* clock: nothing but the time asked for it */
     unsigned pass;
     struct part *parts;
     size_t nparts, part; /* part: being read */
@@ -66,8 +68,9 @@ struct capture {
     uint64_t began, scan_us, read_us, pages, bytes;
 };
 
+enum capture_kind { CAPTURE_PUBLISH, CAPTURE_CLOCK, CAPTURE_SCAN };
 /* Starts one; the group has none. 0, or a negative errno. */
-int capture_start(struct group *g, bool scan_only);
+int capture_start(struct group *g, enum capture_kind kind);
 void capture_resume(struct capture *c); /* after PAUSED */
 /* The epoch it writes will not be: stop at the next step. */
 void capture_abort(struct capture *c);

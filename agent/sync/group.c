@@ -137,6 +137,7 @@ static void let_go(struct group *g, struct waiter **at)
     int result = (*at)->loss == CONTROL_LOSS_FAIL ? -EIO : 0;
     if (g->capture)
         g->tainted = true;
+    g->wanted = true; /* a look as good as its own is owed */
     waiter_free(at, result);
 }
 
@@ -244,7 +245,7 @@ static bool ready(const struct group *g)
 
 static bool wants(const struct group *g, bool *scan)
 {
-    bool publish = g->wanted;
+    bool publish = g->wanted || g->due;
     *scan = false;
     for (const struct waiter *w = g->waiters; w; w = w->next) {
         publish |= !w->captured && !(w->scan_only && w->scanned);
@@ -276,10 +277,11 @@ void group_kick(struct group *g)
     bool can = ready(g) && !g->compare && now_of(g) >= g->retry_at && group_queue_bytes(g) <= GROUP_KEEP &&
                !(g->degraded && g->link->state != LINK_UP) && !g->link->broken;
     if (can) {
-        g->wanted = false;
-        capture_start(g, false);
+        enum capture_kind kind = g->wanted ? CAPTURE_PUBLISH : CAPTURE_CLOCK;
+        g->wanted = g->due = false;
+        capture_start(g, kind);
     } else if (scan) {
-        capture_start(g, true);
+        capture_start(g, CAPTURE_SCAN);
     }
 }
 
@@ -332,6 +334,7 @@ struct group *group_merge(struct group *a, struct group *b)
         w = &(*w)->next;
     *w = b->waiters;
     a->wanted |= b->wanted;
+    a->due |= b->due;
     a->compare |= b->compare;
     if (b->degraded && !a->degraded) {
         a->degraded = true;
@@ -695,7 +698,7 @@ void group_tick(struct group *g, uint64_t now)
     uint64_t interval = interval_of(g);
     if (interval && now - g->last_sync >= interval) {
         g->last_sync = now;
-        g->wanted = true;
+        g->due = true;
     }
     if (g->degraded && g->link->state == LINK_UP && now >= g->retry_at)
         g->wanted = true;

@@ -150,6 +150,24 @@ static struct body *body_for(struct program *p, struct region *r, const struct c
     return r->body;
 }
 
+/* Events of the use's file, or hashing where they cannot be had. */
+static void watch_for(struct use *u)
+{
+    struct body *b = u->body;
+    struct program *p = u->program;
+    int rc = b->watch ? 0 : watch_open(b->fd, &b->watch);
+    if (!rc)
+        return;
+    u->hashed = CONTROL_HASHED_ALL;
+    if (p->unwatched)
+        return;
+    p->unwatched = true;
+    program_notice(p, "%s: strategy inotify is asked for but not possible here: %s; found by hashing", b->region->path,
+                   rc == -ENOSPC   ? "no watch is left (raise fs.inotify.max_user_watches)"
+                   : rc == -EMFILE ? "no instance is left (raise fs.inotify.max_user_instances)"
+                                   : strerror(-rc));
+}
+
 static int on_region(struct program *p, struct message *msg)
 {
     static struct control_region m;
@@ -168,10 +186,13 @@ static int on_region(struct program *p, struct message *msg)
         return 0;
     r->terms = m.terms;
     program_join(p, r, m.terms.group);
-    if (!use_add(p, b, m.region, m.hashed))
+    struct use *u = use_add(p, b, m.region, m.hashed);
+    if (!u)
         return -ENOMEM;
-    if (m.hashed)
-        b->tracker = "hash";
+    if (m.hashed == CONTROL_HASHED_EVENTS)
+        watch_for(u);
+    if (u->hashed)
+        b->tracker = u->hashed == CONTROL_HASHED_EVENTS ? track_inotify.name : track_hash.name;
     if (!region_takes_part(r)) { /* things may have changed since: the remote says it again */
         r->attach = ATTACH_LOOSE;
         r->reason[0] = 0;
@@ -198,6 +219,13 @@ static int on_marks(struct program *p, struct message *msg)
     return 0;
 }
 
+static const struct track_ops *tracker_for(const struct use *u, uint8_t asked)
+{
+    if (asked == CONTROL_TRACK_UFFD)
+        return &track_uffd;
+    return asked == CONTROL_TRACK_INOTIFY && u->hashed == CONTROL_HASHED_EVENTS ? &track_inotify : &track_hash;
+}
+
 static int on_map(struct program *p, struct message *msg)
 {
     struct control_map m;
@@ -217,8 +245,7 @@ static int on_map(struct program *p, struct message *msg)
         u->maps = more;
         u->maps_cap = cap;
     }
-    struct track_map map = {m.tracker == CONTROL_TRACK_UFFD ? &track_uffd : &track_hash, p->pagemap, m.addr, m.len,
-                            m.offset};
+    struct track_map map = {tracker_for(u, m.tracker), p->pagemap, m.addr, m.len, m.offset};
     int rc = map.ops->arm(&map);
     if (rc) {
         program_notice(p, "%s: the page table of %s (%u) cannot be read (%s): found by hashing",
@@ -461,7 +488,7 @@ static int on_watch(struct program *p, struct message *msg)
     r->terms = m.terms;
     r->body->tracker = "hash";
     program_join(w, r, m.terms.group);
-    use_add(w, r->body, 1, 2);
+    use_add(w, r->body, 1, CONTROL_HASHED_ALL);
     if (k->state == LINK_UP && r->attach == ATTACH_LOOSE)
         link_attach(r);
     program_send_text(p, CONTROL_RESULT, 0, "");

@@ -25,6 +25,7 @@
 #include "agent/net/conn.h"
 #include "agent/sync/record.h"
 #include "agent/track/track.h"
+#include "agent/track/watch.h"
 #include "wire/control.h"
 #include "wire/frame.h"
 #include "wire/shared.h"
@@ -123,6 +124,7 @@ struct body {
     struct extents dirty;
     struct hashes published;
     int64_t stat_mtime, stat_ctime, stat_seen; /* ns; of the last look at a file found by hashing */
+    struct watch *watch; /* once a use was found by events; NULL before, and where there can be none */
     const char *tracker;
 };
 
@@ -131,8 +133,8 @@ struct use {
     struct program *program;
     struct body *body;
     uint32_t number;
-    uint8_t hashed;
-    bool left; /* its program said goodbye, and its maps were looked at after */
+    uint8_t hashed; /* enum control_hashed */
+    bool left;      /* its program said goodbye, and its maps were looked at after */
     struct marks *marks;
     struct track_map *maps;
     size_t nmaps, maps_cap;
@@ -178,6 +180,7 @@ struct program {
     struct use *uses, *dead_uses; /* dead: freed when nobody holds the program */
     struct naming *namings;       /* renames and unlinks begun */
     bool watch;                   /* stands for `memsync watch`: no socket */
+    bool unwatched;               /* it was told that its files' events cannot be had */
 };
 
 struct item {
@@ -226,6 +229,7 @@ struct group {
     struct op *ops;
     struct waiter *waiters;
     bool wanted;   /* a capture without a waiter is due */
+    bool due;      /* one is due by the clock alone */
     bool tainted;  /* a sync point was let go while content was read: look once more before the commit */
     bool degraded; /* sync points are not held */
     bool said;     /* the line about it went out */

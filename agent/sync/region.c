@@ -73,6 +73,7 @@ void body_drop(struct body *b)
         return;
     if (b->fd >= 0)
         close(b->fd);
+    watch_close(b->watch);
     hashes_free(&b->published);
     extents_free(&b->dirty);
     free(b);

@@ -14,7 +14,7 @@ static void hole(const struct track_file *file, uint64_t start, uint64_t end, st
             extents_add(out, p * PAGE, (p + 1) * PAGE);
 }
 
-static int data_within(const struct track_file *file, uint64_t start, uint64_t end, struct extents *out)
+int track_within(const struct track_file *file, uint64_t start, uint64_t end, struct extents *out)
 {
     if (end > file->size)
         end = file->size;
@@ -38,7 +38,7 @@ static int data_within(const struct track_file *file, uint64_t start, uint64_t e
 
 int track_everything(const struct track_file *file, struct extents *out)
 {
-    return data_within(file, 0, file->size, out);
+    return track_within(file, 0, file->size, out);
 }
 
 static int hash_arm(const struct track_map *map)
@@ -49,7 +49,7 @@ static int hash_arm(const struct track_map *map)
 
 static int hash_collect(const struct track_map *map, const struct track_file *file, struct extents *out)
 {
-    return data_within(file, map->offset, map->offset + map->len, out);
+    return track_within(file, map->offset, map->offset + map->len, out);
 }
 
 const struct track_ops track_hash = {.name = "hash", .arm = hash_arm, .collect = hash_collect, .reads_all = true};

@@ -19,11 +19,13 @@ struct track_map {
     uint64_t addr, len, offset;
 };
 
-/* What a capture knows of the file. */
+/* What a capture knows of the file, and why it asks. */
 struct track_file {
     int fd;
     uint64_t size;
     const struct hashes *published;
+    bool clock;  /* the clock wants to know, and no sync point waits for it: stores may be left to the next one */
+    bool events; /* the file had events since the last look (watch.h) */
 };
 
 struct track_ops {
@@ -37,12 +39,13 @@ struct track_ops {
     bool reads_all;
 };
 
-extern const struct track_ops track_uffd, track_hash;
+extern const struct track_ops track_uffd, track_hash, track_inotify;
 
 /* The seam all collects go through. */
 int track_collect(const struct track_map *map, const struct track_file *file, struct extents *out);
-/* Everything that is data in the file, and everything that was published as data: what an unknown region may have
- * changed. */
+/* Everything that is data in [start, end) of the file, and everything that was published as data: what an unknown
+ * region may have changed. */
+int track_within(const struct track_file *file, uint64_t start, uint64_t end, struct extents *out);
 int track_everything(const struct track_file *file, struct extents *out);
 
 #endif

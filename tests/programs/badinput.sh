@@ -8,7 +8,7 @@ python=/usr/bin/python3
 cases=(strategy rule rule_mode mode_not_built ack_unknown timeout_unknown unreachable unreachable_fail unreachable_block remote_unparsable
     remote_not_built other_writer foreign_lineage foreign_initial_push name_dots name_clash unreadable store_locked no_rules other_program
     agent_missing)
-for strategy in softdirty inotify fuse nbd ublk cuse kmod; do
+for strategy in softdirty fuse nbd ublk cuse kmod; do
     cases+=("not_built_$strategy")
 done
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
@@ -57,7 +57,7 @@ case $1 in
 strategy)
     start_remote
     program "$W/a" 1 MEMSYNC_STRATEGY=telepathy
-    one_line telepathy MEMSYNC_STRATEGY uffd hash
+    one_line telepathy MEMSYNC_STRATEGY uffd hash inotify
     said synced
     ;;
 not_built_*)

@@ -18,8 +18,11 @@ list() {
             say "$program/$case/auto/memory"
         done
     done
+    for case in $("$bin/stdio" list); do
+        say "stdio/$case/inotify/disk"
+    done
     for program in forks many; do
-        for case in uffd/disk hash/disk auto/memory; do
+        for case in uffd/disk hash/disk inotify/disk auto/memory; do
             say "$program/all/$case"
         done
     done

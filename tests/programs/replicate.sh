@@ -16,7 +16,7 @@ programs=(mmap_flush mmap_resize mmap_noflush numpy_flush numpy_noflush lmdb_wri
 list() {
     local program strategy case
     for program in "${programs[@]}"; do
-        for strategy in uffd hash auto; do
+        for strategy in uffd hash inotify auto; do
             say "$program/$strategy/disk"
         done
         say "$program/auto/memory"

@@ -79,6 +79,7 @@ static void test_not_built(void **state)
         {"/a,strategy=kmod", "strategy=kmod"},
         {"/a,strategy=uffd", NULL},
         {"/a,strategy=hash", NULL},
+        {"/a,strategy=inotify", NULL},
         {"/a=none,order=none", NULL},
     };
     for (size_t i = 0; i < sizeof table / sizeof *table; i++) {

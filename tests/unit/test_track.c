@@ -1,4 +1,4 @@
-/* Extents, published hashes, and both trackers over real mappings: what is stored is found, once. */
+/* Extents, published hashes, and every tracker over real mappings: what is stored is found, once. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -99,7 +99,7 @@ static void disarm(struct mapped *m)
     close(m->uffd);
 }
 
-/* The same fact for both trackers: pages 3 and 200 were stored to, and nothing else is said by the one that is exact.
+/* The same fact for every tracker: pages 3 and 200 were stored to, and nothing else is said by those that are exact.
  */
 static void stores_are_found_once(const struct track_ops *ops, const char *dir)
 {
@@ -108,7 +108,7 @@ static void stores_are_found_once(const struct track_ops *ops, const char *dir)
     if (!arm(&m, dir))
         skip();
     struct track_map map = {ops, m.pagemap, (uintptr_t)m.at, PAGES * PAGE, 0};
-    struct track_file file = {m.fd, PAGES * PAGE, &none};
+    struct track_file file = {.fd = m.fd, .size = PAGES * PAGE, .published = &none};
     struct extents e = {0};
     assert_int_equal(ops->arm(&map), 0);
     m.at[3 * PAGE + 5] = 1;
@@ -154,6 +154,12 @@ static void hash_on_disk(void **state)
     stores_are_found_once(&track_hash, "/var/tmp");
 }
 
+static void inotify_in_memory(void **state)
+{
+    (void)state;
+    stores_are_found_once(&track_inotify, "/dev/shm");
+}
+
 /* A scan of a memory map whose program died finds nothing and says success: the tracker must not. */
 static void a_dead_program_is_told(void **state)
 {
@@ -174,7 +180,7 @@ static void a_dead_program_is_told(void **state)
     int pagemap = open(name, O_RDONLY);
     assert_true(pagemap >= 0);
     struct track_map map = {&track_uffd, pagemap, (uintptr_t)m.at, PAGES * PAGE, 0};
-    struct track_file file = {m.fd, PAGES * PAGE, &none};
+    struct track_file file = {.fd = m.fd, .size = PAGES * PAGE, .published = &none};
     struct extents e = {0};
     kill(child, SIGKILL);
     assert_int_equal(waitpid(child, NULL, 0), child);
@@ -193,7 +199,7 @@ static void a_lost_registration_is_told(void **state)
     if (!arm(&m, "/dev/shm"))
         skip();
     struct track_map map = {&track_uffd, m.pagemap, (uintptr_t)m.at, PAGES * PAGE, 0};
-    struct track_file file = {m.fd, PAGES * PAGE, &none};
+    struct track_file file = {.fd = m.fd, .size = PAGES * PAGE, .published = &none};
     struct extents e = {0};
     close(m.uffd);
     m.uffd = -1;
@@ -212,7 +218,7 @@ static void everything_passes_over_holes(void **state)
     hashes_room(&h, PAGES);
     hashes_set(&h, 50, HASH_UNKNOWN);
     assert_int_equal(pwrite(fd, "x", 1, 7 * PAGE), 1);
-    struct track_file file = {fd, PAGES * PAGE, &h};
+    struct track_file file = {.fd = fd, .size = PAGES * PAGE, .published = &h};
     struct extents e = {0};
     assert_int_equal(track_everything(&file, &e), 0);
     extents_settle(&e, file.size);
@@ -233,6 +239,7 @@ int main(void)
         cmocka_unit_test(uffd_on_disk),
         cmocka_unit_test(uffd_in_memory),
         cmocka_unit_test(hash_on_disk),
+        cmocka_unit_test(inotify_in_memory),
         cmocka_unit_test(a_dead_program_is_told),
         cmocka_unit_test(a_lost_registration_is_told),
         cmocka_unit_test(everything_passes_over_holes),
