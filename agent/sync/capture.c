@@ -89,7 +89,8 @@ static void scan_part(struct part *p)
     p->ctime = ns_of(st.st_ctim);
     struct track_file file = {p->body->fd, p->size, &p->body->published};
     for (size_t i = 0; i < p->nmaps && !p->err; i++)
-        p->err = track_collect(&p->maps[i], &file, &p->found);
+        if ((p->err = track_collect(&p->maps[i], &file, &p->found)))
+            p->failed = p->owners[i];
     if (p->by_hash && !stamps_stand(p->body, p))
         p->everything = true;
     if (p->everything && !p->err)
@@ -600,8 +601,8 @@ static void scan_done(void *arg)
         err = p->err;
         log_info("%s: scan: %s", p->region->name, strerror(-p->err));
         p->body->unknown = p->body->killed = true;
-        for (size_t m = 0; m < p->nmaps; m++)
-            program_check(p->owners[m]);
+        if (p->failed)
+            program_check(p->failed);
     }
     if (err && (!c->scan_only || c->aborted)) {
         c->group->retry_at = uv_now(c->group->link->local->loop) + SCAN_RETRY_MS;
