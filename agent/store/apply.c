@@ -38,28 +38,13 @@ static int save_pinned(const struct applying *a, struct part *p, uint64_t number
     return 0;
 }
 
-static int data_write(int fd, const uint8_t *data, size_t len, uint64_t offset)
-{
-    while (len) {
-        ssize_t n = pwrite(fd, data, len, (off_t)offset);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return n < 0 ? -errno : -EIO;
-        data += n;
-        len -= (size_t)n;
-        offset += (size_t)n;
-    }
-    return 0;
-}
-
 static int zeros_write(int fd, uint64_t len, uint64_t offset)
 {
     static const uint8_t zeros[64 << 10];
     int err = 0;
     for (uint64_t step; !err && len; len -= step, offset += step) {
         step = len < sizeof zeros ? len : sizeof zeros;
-        err = data_write(fd, zeros, (size_t)step, offset);
+        err = io_write(fd, zeros, (size_t)step, offset);
     }
     return err;
 }
@@ -90,7 +75,7 @@ static int apply_extent(void *arg, struct part *p, const struct frame_extent *e)
         int fd = region_open(c->a->s, p->r, false);
         err = fd < 0 ? fd : save_pinned(c->a, p, c->number, fd, at, at + step);
         if (!err)
-            err = e->data ? data_write(fd, e->data + done, (size_t)step, at) : file_zero(fd, step, at);
+            err = e->data ? io_write(fd, e->data + done, (size_t)step, at) : file_zero(fd, step, at);
         pthread_rwlock_unlock(&p->r->lock);
         store_step("apply pages");
     }
