@@ -192,7 +192,7 @@ static int hello_send(int shared_fd, int pagemap)
     return send_message(client_buffer, n, fds, pagemap >= 0 ? 2 : 1, raw_now_ms() + CONNECT_MS);
 }
 
-/* 0, or a negative errno; -EKEYREJECTED after the agent's own words were said. */
+/* 0, or a negative errno; -EKEYREJECTED after all was said in the agent's own words. */
 static int hello_answer(void)
 {
     int rc = wait_ready(POLLIN, raw_now_ms() + CONNECT_MS);

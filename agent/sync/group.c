@@ -206,7 +206,7 @@ void group_degrade(struct group *g, const char *format, ...)
 
 static void recover(struct group *g)
 {
-    if (!g->degraded || g->queue || g->capture)
+    if ((!g->degraded && !g->said) || g->queue || g->capture)
         return;
     for (struct region *r = g->regions; r; r = r->next_group)
         if (r->body && region_takes_part(r) && (r->body->unknown || r->body->dirty.count))
@@ -662,7 +662,16 @@ static void time_over(struct group *g, uint64_t now)
             base = g->link->moved;
         if (moving && g->last_ack > base)
             base = g->last_ack;
-        if (w->timeout_ms == UINT64_MAX || now - base < w->timeout_ms || w->loss == CONTROL_LOSS_BLOCK) {
+        if (w->timeout_ms == UINT64_MAX || now - base < w->timeout_ms) {
+            at = &w->next;
+            continue;
+        }
+        if (w->loss == CONTROL_LOSS_BLOCK) {
+            if (!g->said)
+                group_notice(
+                    g, "%s: not acknowledged within %.3g s (%s); the program waits, as MEMSYNC_ON_LOSS=block says",
+                    g->link->address, (double)w->timeout_ms / 1000, g->link->reason[0] ? g->link->reason : "no answer");
+            g->said = true;
             at = &w->next;
             continue;
         }
