@@ -16,6 +16,7 @@
 
 #define CONNECT_MS 5000u
 #define RETRY_MS 1000u
+#define ATTACH_TRIES 5
 
 enum client_state { CLIENT_NEVER, CLIENT_UP, CLIENT_LOST, CLIENT_OFF };
 
@@ -273,10 +274,15 @@ static void announce(bool taken_over)
 
 static bool attach(void)
 {
-    int rc = connect_or_start();
-    if (!rc && (rc = greet())) {
-        raw_close(client_fd);
-        client_fd = -1;
+    int rc;
+    for (int tries = 0; tries < ATTACH_TRIES; tries++) { /* an agent that is just leaving hangs up on us */
+        rc = connect_or_start();
+        if (!rc && (rc = greet())) {
+            raw_close(client_fd);
+            client_fd = -1;
+        }
+        if (rc != -EPIPE && rc != -ECONNRESET)
+            break;
     }
     if (!rc) {
         bool taken_over = state == CLIENT_LOST;

@@ -692,9 +692,23 @@ static void time_over(struct group *g, uint64_t now)
     }
 }
 
+/* Nobody waits, but the link has been down for as long as anybody would have. */
+static void long_down(struct group *g, uint64_t now)
+{
+    uint64_t patience = UINT64_MAX;
+    for (const struct region *r = g->regions; r; r = r->next_group)
+        for (const struct use *u = r->body && region_takes_part(r) ? r->body->uses : NULL; u; u = u->next_body)
+            if (u->program->timeout_ms < patience)
+                patience = u->program->timeout_ms;
+    if (patience != UINT64_MAX && !g->degraded && g->link->state != LINK_UP && now - g->link->down_since >= patience)
+        group_degrade(g, "no link for %.3g s (%s)", (double)patience / 1000,
+                      g->link->reason[0] ? g->link->reason : "not connected");
+}
+
 void group_tick(struct group *g, uint64_t now)
 {
     time_over(g, now);
+    long_down(g, now);
     if (g->link->state == LINK_UP && now >= g->retry_at)
         for (struct region *r = g->regions; r; r = r->next_group)
             if (((r->attach == ATTACH_LOOSE && (r->body || r->held_before || r->doomed)) ||
