@@ -245,7 +245,9 @@ static void batch_work(void *arg)
     struct store *s = b->s;
     uint64_t unapplied = b->unapplied;
     for (; b->good < b->n && !b->err; b->good++) {
-        b->err = apply_reserve(s, b->txns[b->good], unapplied, b->error);
+        b->err = apply_verify(s, b->txns[b->good], b->error);
+        if (!b->err)
+            b->err = apply_reserve(s, b->txns[b->good], unapplied, b->error);
         if (b->err)
             break;
         unapplied += b->txns[b->good]->data;
@@ -340,6 +342,27 @@ static void binding_look(const struct store *s, struct binding *b)
     b->fresh = b->look && !b->name->durable && !b->name->pending;
 }
 
+static bool share_region(const struct store_txn *t, const struct store_txn *o)
+{
+    for (size_t i = 0; i < t->parts_len; i++)
+        for (size_t k = 0; k < o->parts_len; k++)
+            if (t->parts[i]->r == o->parts[k]->r)
+                return true;
+    return false;
+}
+
+/* Deltas are checked against files: all that comes before must be in them. */
+static bool base_missing(const struct store *s, const struct batch *b, const struct store_txn *t)
+{
+    for (const struct store_txn *o = s->applying.first; o && t->deltas; o = o->next)
+        if (share_region(t, o))
+            return true;
+    for (size_t i = 0; i < b->n && t->deltas; i++)
+        if (share_region(t, b->txns[i]))
+            return true;
+    return false;
+}
+
 static void batch_start(struct store *s)
 {
     struct batch *b = calloc(1, sizeof *b);
@@ -354,7 +377,7 @@ static void batch_start(struct store *s)
     for (struct store_txn *t; (t = txns_pop(&s->queue));) {
         uint64_t len = record_length(t);
         bool wait =
-            !is_ready(t) || full || blocked(s, t, &rest) || b->n == BATCH_MAX || (b->n && body + len > BATCH_BYTES);
+            !is_ready(t) || full || base_missing(s, b, t) || blocked(s, t, &rest) || b->n == BATCH_MAX || (b->n && body + len > BATCH_BYTES);
         if (!wait && s->volume->ops->lasting && !journal_place(&s->journal, journal_length(body + len), &b->pos)) {
             s->want_checkpoint = wait = full = true; /* none may pass it, or it might wait for ever */
             if (journal_length(len) > s->journal.size) {

@@ -269,6 +269,9 @@ static int add_pages(struct store_txn *t, struct buf *b, char error[STORE_ERROR]
     struct frame_pages pages;
     if (frame_pages_get(b->data, b->len, &pages))
         return refuse(t, -EPROTO, error, "malformed PAGES");
+    struct frame_pages all = pages;
+    for (struct frame_extent e; frame_pages_next(&all, &e);)
+        t->deltas |= e.kind == FRAME_PAGES_DELTA;
     int i = slot_at(t, pages.handle);
     if ((size_t)i >= t->slots_len || t->slots[i].handle != pages.handle || t->slots[i].part < 0 ||
         !t->parts[t->slots[i].part]->stated)
@@ -312,22 +315,35 @@ int store_txn_add(struct store_txn *t, uint8_t type, struct buf *payload, char e
     }
 }
 
-int frame_extents(struct part *p, const void *payload, size_t len, bool clip, pages_each *each, void *arg)
+static int clipped(struct part *p, struct frame_extent *e, bool clip, pages_each *each, void *arg)
+{
+    if (clip && e->offset >= p->size)
+        return 0;
+    if (clip && e->len > p->size - e->offset)
+        e->len = (uint32_t)(p->size - e->offset);
+    return each(arg, p, e);
+}
+
+int frame_extents(struct part *p, const void *payload, size_t len, enum pages_view view, pages_each *each, void *arg)
 {
     struct frame_pages pages;
-    struct frame_extent e;
+    struct frame_extent e, run;
     int err = frame_pages_get(payload, len, &pages);
     while (!err && frame_pages_next(&pages, &e)) {
-        if (clip && e.offset >= p->size)
-            continue;
-        if (clip && e.len > p->size - e.offset)
-            e.len = (uint32_t)(p->size - e.offset);
-        err = each(arg, p, &e);
+        bool delta = e.kind == FRAME_PAGES_DELTA;
+        uint32_t at = 0;
+        if (view == PAGES_DELTAS)
+            err = delta ? each(arg, p, &e) : 0;
+        else if (!delta)
+            err = clipped(p, &e, view == PAGES_CLIPPED, each, arg);
+        else
+            while (!err && frame_delta_run(&e, &at, &run))
+                err = clipped(p, &run, view == PAGES_CLIPPED, each, arg);
     }
     return err;
 }
 
-static int spilled_pages(struct store_txn *t, pages_each *each, void *arg)
+static int spilled_pages(struct store_txn *t, enum pages_view view, pages_each *each, void *arg)
 {
     uint8_t head[SPILL_HEAD], *payload = malloc(FRAME_PAYLOAD_MAX);
     int err = payload ? 0 : -ENOMEM;
@@ -338,20 +354,20 @@ static int spilled_pages(struct store_txn *t, pages_each *each, void *arg)
         if (part >= t->parts_len || len > FRAME_PAYLOAD_MAX)
             err = -EIO;
         else if (!(err = io_read(t->spill_fd, payload, len, at + SPILL_HEAD)) && t->parts[part]->r)
-            err = frame_extents(t->parts[part], payload, len, true, each, arg);
+            err = frame_extents(t->parts[part], payload, len, view, each, arg);
         at += SPILL_HEAD + len;
     }
     free(payload);
     return err == -EPROTO ? -EIO : err;
 }
 
-int txn_pages(struct store_txn *t, pages_each *each, void *arg)
+int txn_pages(struct store_txn *t, enum pages_view view, pages_each *each, void *arg)
 {
-    int err = t->spill_len ? spilled_pages(t, each, arg) : 0;
+    int err = t->spill_len ? spilled_pages(t, view, each, arg) : 0;
     for (size_t i = t->held_first; !err && i < t->held_len; i++) {
         struct part *p = t->parts[t->held[i].part];
         if (p->r)
-            err = frame_extents(p, t->held[i].buf->data, t->held[i].buf->len, true, each, arg);
+            err = frame_extents(p, t->held[i].buf->data, t->held[i].buf->len, view, each, arg);
     }
     return err;
 }
