@@ -376,8 +376,8 @@ static void batch_start(struct store *s)
     struct txns rest = {0};
     for (struct store_txn *t; (t = txns_pop(&s->queue));) {
         uint64_t len = record_length(t);
-        bool wait =
-            !is_ready(t) || full || base_missing(s, b, t) || blocked(s, t, &rest) || b->n == BATCH_MAX || (b->n && body + len > BATCH_BYTES);
+        bool wait = !is_ready(t) || full || base_missing(s, b, t) || blocked(s, t, &rest) || b->n == BATCH_MAX ||
+                    (b->n && body + len > BATCH_BYTES);
         if (!wait && s->volume->ops->lasting && !journal_place(&s->journal, journal_length(body + len), &b->pos)) {
             s->want_checkpoint = wait = full = true; /* none may pass it, or it might wait for ever */
             if (journal_length(len) > s->journal.size) {

@@ -9,7 +9,7 @@
 #include <unistd.h>
 
 #define SLICE_READ (4u << 20) /* bytes that one job looks at, and */
-#define DELTA_BLOCKS_MAX 20 /* of 32: beyond, a whole page is hardly longer */
+#define DELTA_BLOCKS_MAX 20   /* of 32: beyond, a whole page is hardly longer */
 #define SLICE_OUT 48u         /* frames it makes, at most */
 #define SCRATCH (512u << 10)
 #define RACY_NS 50000000       /* a file's time stamps tell a change only when older than the clock's tick by far */
@@ -141,7 +141,8 @@ static void builder_flush(struct builder *b)
 static void builder_add(struct builder *b, const struct frame_extent *e, const void *data, uint32_t bytes)
 {
     size_t table = FRAME_PAGES_HEAD + (size_t)(b->count + 1) * FRAME_PAGES_ENTRY;
-    if (b->count == FRAME_PAGES_ENTRIES || b->bytes + bytes > FRAME_DATA_MAX || table + b->bytes + bytes > FRAME_PAYLOAD_MAX)
+    if (b->count == FRAME_PAGES_ENTRIES || b->bytes + bytes > FRAME_DATA_MAX ||
+        table + b->bytes + bytes > FRAME_PAYLOAD_MAX)
         builder_flush(b);
     b->e[b->count++] = *e;
     if (bytes)
@@ -153,7 +154,8 @@ static void builder_page(struct builder *b, uint64_t offset, uint32_t len, const
 {
     uint32_t data = zeros ? 0 : len, kind = zeros ? FRAME_PAGES_ZEROS : FRAME_PAGES_DATA;
     struct frame_extent *last = b->count ? &b->e[b->count - 1] : NULL;
-    if (last && last->offset + last->len == offset && last->kind == kind && last->len < (1u << 30) && b->bytes + data <= FRAME_DATA_MAX) {
+    if (last && last->offset + last->len == offset && last->kind == kind && last->len < (1u << 30) &&
+        b->bytes + data <= FRAME_DATA_MAX) {
         last->len += len;
         if (data)
             memcpy(b->data + b->bytes, page, data);
