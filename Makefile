@@ -64,6 +64,10 @@ $(BUILD)/tests/unit/%: $(BUILD)/o/tests/unit/%.o $(agent_objects) $(BUILD)/shim.
 	@mkdir -p $(@D)
 	$(Q)$(CC) -o $@ $^ $(AGENT_LIBS) -lcmocka
 
+# The prefix is compiled in where one part looks for another: a changed one makes these anew.
+$(shell mkdir -p $(BUILD); echo '$(PREFIX)' | cmp -s - $(BUILD)/prefix || echo '$(PREFIX)' >$(BUILD)/prefix)
+$(BUILD)/shim.o/shim/start.o $(cli_objects): $(BUILD)/prefix
+
 # Programs under test are plain programs: they link nothing of ours.
 $(programs): $(BUILD)/%: %.c
 	$(call say,CC,$<)

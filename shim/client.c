@@ -16,6 +16,7 @@
 
 #define CONNECT_MS 5000u
 #define RETRY_MS 1000u
+#define ATTACH_TRIES 5
 
 enum client_state { CLIENT_NEVER, CLIENT_UP, CLIENT_LOST, CLIENT_OFF };
 
@@ -192,7 +193,7 @@ static int hello_send(int shared_fd, int pagemap)
     return send_message(client_buffer, n, fds, pagemap >= 0 ? 2 : 1, raw_now_ms() + CONNECT_MS);
 }
 
-/* 0, or a negative errno; -EKEYREJECTED after the agent's own words were said. */
+/* 0, or a negative errno; -EKEYREJECTED after all was said in the agent's own words. */
 static int hello_answer(void)
 {
     int rc = wait_ready(POLLIN, raw_now_ms() + CONNECT_MS);
@@ -273,10 +274,15 @@ static void announce(bool taken_over)
 
 static bool attach(void)
 {
-    int rc = connect_or_start();
-    if (!rc && (rc = greet())) {
-        raw_close(client_fd);
-        client_fd = -1;
+    int rc;
+    for (int tries = 0; tries < ATTACH_TRIES; tries++) { /* an agent that is just leaving hangs up on us */
+        rc = connect_or_start();
+        if (!rc && (rc = greet())) {
+            raw_close(client_fd);
+            client_fd = -1;
+        }
+        if (rc != -EPIPE && rc != -ECONNRESET)
+            break;
     }
     if (!rc) {
         bool taken_over = state == CLIENT_LOST;

@@ -20,14 +20,14 @@ static const char *base_of(const char *path)
 
 static bool may_match(const char *path)
 {
-    const char *base = path ? base_of(path) : NULL;
+    const char *base = raw_path(path) ? base_of(path) : NULL;
     return base && rules_may_match(&shim.rules, base);
 }
 
 /* The absolute path with the parent's symlinks resolved; the last component is not followed. */
 static bool absolute(int dir, const char *path, char to[CONTROL_PATH], char parent[CONTROL_PATH])
 {
-    const char *base = base_of(path);
+    const char *base = raw_path(path) ? base_of(path) : NULL;
     size_t n = base ? (size_t)(base - path) : CONTROL_PATH;
     if (n >= CONTROL_PATH)
         return false;

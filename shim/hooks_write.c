@@ -3,6 +3,8 @@
  * to the size after. */
 #include "shim/real.h"
 
+#include <limits.h>
+
 #include <linux/falloc.h>
 #include <linux/fs.h>
 #include <pthread.h>
@@ -57,12 +59,9 @@ static void leave(struct writing *w)
 }
 
 /* at: an offset, or HERE. */
-static bool begin(struct writing *w, int fd, off_t at, uint64_t len)
+static void begin(struct writing *w, int fd, uint32_t region, off_t at, uint64_t len)
 {
     *w = (struct writing){0};
-    uint32_t region = tracked(fd);
-    if (!region)
-        return false;
     int saved = errno;
     files_mark(region, 0, 0); /* the memory, and with it the connection */
     enter(w, fd, region);
@@ -78,7 +77,6 @@ static bool begin(struct writing *w, int fd, off_t at, uint64_t len)
         w->from = 0;
     files_mark(region, w->from, len);
     errno = saved;
-    return true;
 }
 
 /* Marks again and makes the sync point that O_SYNC and its like ask for. */
@@ -115,8 +113,10 @@ static void cancelled(void *arg)
 #define WRITING(fd, at, len, durable, call)                                                                            \
     do {                                                                                                               \
         struct writing w_;                                                                                             \
-        if (!begin(&w_, fd, at, len))                                                                                  \
+        uint32_t region_ = tracked(fd);                                                                                \
+        if (!region_)                                                                                                  \
             return call;                                                                                               \
+        begin(&w_, fd, region_, at, len);                                                                              \
         ssize_t done_;                                                                                                 \
         pthread_cleanup_push(cancelled, &w_);                                                                          \
         done_ = call;                                                                                                  \
@@ -128,7 +128,9 @@ static void cancelled(void *arg)
 static uint64_t total(const struct iovec *iov, int n)
 {
     uint64_t sum = 0;
-    for (int i = 0; i < n && i < 1024; i++)
+    if (n <= 0 || n > IOV_MAX || !raw_readable(iov, (size_t)n * sizeof *iov))
+        return 0; /* the kernel will say so */
+    for (int i = 0; i < n; i++)
         sum += iov[i].iov_len;
     return sum;
 }
@@ -196,16 +198,21 @@ SHIM_EXPORT ssize_t sendfile64(int to, int from, off64_t *at, size_t len)
     WRITING(to, HERE, len, false, syscall(SYS_sendfile, to, from, at, len));
 }
 
+static off_t peek(const off64_t *at)
+{
+    return raw_readable(at, sizeof *at) ? *at : HERE;
+}
+
 SHIM_EXPORT ssize_t splice(int from, off64_t *from_at, int to, off64_t *to_at, size_t len, unsigned flags)
 {
-    WRITING(to, to_at ? *to_at : HERE, len, false,
+    WRITING(to, peek(to_at), len, false,
             real.splice ? real.splice(from, from_at, to, to_at, len, flags)
                         : syscall(SYS_splice, from, from_at, to, to_at, len, flags));
 }
 
 SHIM_EXPORT ssize_t copy_file_range(int from, off64_t *from_at, int to, off64_t *to_at, size_t len, unsigned flags)
 {
-    WRITING(to, to_at ? *to_at : HERE, len, false, syscall(SYS_copy_file_range, from, from_at, to, to_at, len, flags));
+    WRITING(to, peek(to_at), len, false, syscall(SYS_copy_file_range, from, from_at, to, to_at, len, flags));
 }
 
 /* ---- sizes */

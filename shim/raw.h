@@ -39,6 +39,30 @@ static inline int raw_openat(int dir, const char *path, int flags, mode_t mode)
     return (int)syscall(SYS_openat, dir, path, flags, mode);
 }
 
+/* Whether the program's pointer can be read, so that the kernel and not we find it bad: an unknown `how` is refused,
+ * but only after the set was read. */
+static inline bool raw_readable(const void *p, size_t len)
+{
+    uintptr_t at = (uintptr_t)p, end = at + len;
+    int saved = errno;
+    bool good = p && end > at;
+    for (; good && at < end; at = (at | 4095) + 1) {
+        uintptr_t probe = end - at < 8 && len >= 8 ? end - 8 : at;
+        good = syscall(SYS_rt_sigprocmask, 99, probe, NULL, 8) < 0 && errno == EINVAL;
+    }
+    errno = saved;
+    return good;
+}
+
+/* Likewise a path: not empty, not too long. Nothing is looked up: -1 is no directory. */
+static inline bool raw_path(const char *path)
+{
+    int saved = errno;
+    bool good = path && syscall(SYS_symlinkat, path, -1, "x") < 0 && errno == EBADF;
+    errno = saved;
+    return good;
+}
+
 static inline pid_t raw_getpid(void)
 {
     return (pid_t)syscall(SYS_getpid);

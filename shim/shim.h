@@ -220,7 +220,7 @@ void shim_publish(void);
 
 /* ---- start.c */
 void start_prepare(void);            /* in the constructor: where the agent's program is */
-int start_agent(const char *socket); /* 0 or a negative errno, said */
+int start_agent(const char *socket); /* 0, a negative errno, or -EKEYREJECTED: all was said */
 
 /* ---- own.c: descriptors of ours and the program's attempts on them */
 int own_keep(int fd); /* moves it out of the way; the new number, close-on-exec */

@@ -101,9 +101,11 @@ int start_agent(const char *socket)
     size_t bytes = 0;
     if (access(program, X_OK)) {
         say(SAY_ERROR,
-            "the program memsync-agent is neither beside the preload library nor at %s; install it there, or start one "
-            "on %s",
-            program, socket);
+            "no agent: memsync-agent is neither beside the preload library nor at %s, and none runs on %s; nothing of "
+            "%s is "
+            "tracked; install it there, or start one",
+            program, socket, shim.program);
+        rc = -EKEYREJECTED;
         goto out;
     }
     rc = -ENOMEM;

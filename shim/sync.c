@@ -102,6 +102,7 @@ static int slot_wait(struct ticket *t, int *result)
         raw_futex_wait(&slot->state, SHARED_WAITING, SLICE_MS);
         if (__atomic_load_n(&slot->state, __ATOMIC_ACQUIRE) == SHARED_DONE)
             continue;
+        client_notices(); /* what the wait is for, when it is long */
         if (t->generation != __atomic_load_n(&client_generation, __ATOMIC_SEQ_CST) || client_hung_up())
             return __atomic_load_n(&slot->state, __ATOMIC_ACQUIRE) == SHARED_DONE ? slot_wait(t, result) : -EPIPE;
         uint32_t now_beats = __atomic_load_n(&t->shared->beats, __ATOMIC_RELAXED);

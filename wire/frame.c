@@ -8,7 +8,7 @@
 static const int code_errno[FRAME_E_CODES] = {
     [FRAME_E_PROTOCOL] = -EPROTO, [FRAME_E_VERSION] = -EPROTONOSUPPORT, [FRAME_E_NOSPACE] = -ENOSPC,
     [FRAME_E_IO] = -EIO,          [FRAME_E_FENCED] = -ESTALE,           [FRAME_E_LINEAGE] = -EEXIST,
-    [FRAME_E_NAME] = -EINVAL,     [FRAME_E_NOT_FOUND] = -ENOENT,        [FRAME_E_LIMIT] = -ENOBUFS,
+    [FRAME_E_NAME] = -EINVAL,     [FRAME_E_NOT_FOUND] = -ENOENT,        [FRAME_E_LIMIT] = -ENOBUFS, [FRAME_E_DELTA] = -EBADMSG,
 };
 
 int frame_code_errno(uint16_t code)
@@ -213,6 +213,14 @@ int frame_pages_get(const void *p, size_t len, struct frame_pages *pages)
     return rd_left(&all.data) || (size_t)(r.end - r.at) > FRAME_DATA_MAX ? -EPROTO : 0;
 }
 
+static const uint8_t *delta_take(struct rd *r)
+{
+    if (rd_left(r) < FRAME_DELTA_HEAD)
+        return NULL;
+    uint32_t mask = get_u32(r->at + 16);
+    return mask ? rd_take(r, FRAME_DELTA_HEAD + (size_t)__builtin_popcount(mask) * FRAME_DELTA_BLOCK) : NULL;
+}
+
 bool frame_pages_next(struct frame_pages *pages, struct frame_extent *e)
 {
     if (!rd_left(&pages->entries))
@@ -220,10 +228,46 @@ bool frame_pages_next(struct frame_pages *pages, struct frame_extent *e)
     e->offset = rd_u64(&pages->entries);
     e->len = rd_u32(&pages->entries);
     e->kind = rd_u32(&pages->entries);
-    if (!e->len || e->kind > FRAME_PAGES_ZEROS || e->offset > (uint64_t)INT64_MAX - e->len)
+    e->data = NULL;
+    if (!e->len || e->offset > (uint64_t)INT64_MAX - e->len)
         return false;
-    e->data = e->kind == FRAME_PAGES_DATA ? rd_take(&pages->data, e->len) : NULL;
-    return e->kind == FRAME_PAGES_ZEROS || e->data;
+    switch (e->kind) {
+    case FRAME_PAGES_DATA:
+        e->data = rd_take(&pages->data, e->len);
+        return e->data;
+    case FRAME_PAGES_ZEROS:
+        return true;
+    case FRAME_PAGES_DELTA:
+        e->data = e->len == FRAME_PAGE && !(e->offset % FRAME_PAGE) ? delta_take(&pages->data) : NULL;
+        return e->data;
+    default:
+        return false;
+    }
+}
+
+struct frame_delta frame_delta_of(const struct frame_extent *e)
+{
+    return (struct frame_delta){.hash = e->data, .mask = get_u32(e->data + 16), .blocks = e->data + FRAME_DELTA_HEAD};
+}
+
+bool frame_delta_run(const struct frame_extent *e, uint32_t *at, struct frame_extent *run)
+{
+    struct frame_delta d = frame_delta_of(e);
+    uint32_t from = *at;
+    while (from < FRAME_DELTA_BLOCKS && !(d.mask >> from & 1))
+        from++;
+    if (from >= FRAME_DELTA_BLOCKS)
+        return false;
+    uint32_t to = from;
+    while (to < FRAME_DELTA_BLOCKS && (d.mask >> to & 1))
+        to++;
+    uint32_t before = (uint32_t)__builtin_popcount(d.mask & ((1u << from) - 1));
+    *run = (struct frame_extent){.offset = e->offset + from * FRAME_DELTA_BLOCK,
+                                 .len = (to - from) * FRAME_DELTA_BLOCK,
+                                 .kind = FRAME_PAGES_DATA,
+                                 .data = d.blocks + before * FRAME_DELTA_BLOCK};
+    *at = to;
+    return true;
 }
 
 size_t frame_pages_put(void *to, size_t cap, uint32_t handle, const struct frame_extent *e, uint32_t count)

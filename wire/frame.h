@@ -28,6 +28,7 @@
 #define FRAME_HEADER 24u
 #define FRAME_PAYLOAD_MAX 65536u
 #define FRAME_DATA_MAX 61440u /* page bytes in one PAGES or DATA: 15 pages, so that tables fit beside them */
+#define FRAME_PAGE 4096u /* unit of hashes and deltas */
 #define FRAME_WINDOW (4u << 20)
 #define FRAME_VERSION 1u
 #define FRAME_TEXT_MAX 512u
@@ -69,7 +70,6 @@ enum frame_type {
     FRAME_TYPES
 };
 
-#define FRAME_PAGE 4096u /* unit of hashes */
 #define FRAME_HASHES_MAX 4000u
 
 /* Error codes of the wire; never the host's errno. */
@@ -83,6 +83,7 @@ enum frame_code {
     FRAME_E_NAME, /* a bad name, or a clash such as `a` and `a/b` */
     FRAME_E_NOT_FOUND,
     FRAME_E_LIMIT,
+    FRAME_E_DELTA, /* a page did not come out as its delta said */
     FRAME_E_CODES
 };
 
@@ -169,16 +170,32 @@ int frame_region_get(const void *p, size_t len, struct frame_region *r);
 
 /* PAGES: u32 handle, u32 count, count entries of {u64 offset, u32 length, u32 kind}, then the bytes of the data entries one after the other. Any offset
  * and length (what is behind the region's size at END is dropped); data bytes at most FRAME_DATA_MAX; a zeros entry may be of any length. */
-enum frame_pages_kind { FRAME_PAGES_DATA, FRAME_PAGES_ZEROS };
+/* DELTA: one whole page (offset a multiple of FRAME_PAGE, length FRAME_PAGE) of which only some blocks of FRAME_DELTA_BLOCK bytes differ from the region as
+ * the epoch before left it. Its data: 16 bytes XXH3-128 (canonical) of the page as it is to be, u32 mask (bit i: block i), then the blocks of the mask. The
+ * receiver checks the page before it commits the epoch and answers FAILED with FRAME_E_DELTA when it comes out otherwise: the client then compares the
+ * region by hashes and sends whole pages. A page is in an epoch as DELTA at most once, and then in no other way. */
+enum frame_pages_kind { FRAME_PAGES_DATA, FRAME_PAGES_ZEROS, FRAME_PAGES_DELTA };
+#define FRAME_DELTA_BLOCK 128u
+#define FRAME_DELTA_BLOCKS (FRAME_PAGE / FRAME_DELTA_BLOCK)
+#define FRAME_DELTA_HEAD 20u
 #define FRAME_PAGES_HEAD 8u
 #define FRAME_PAGES_ENTRY 16u
-#define FRAME_PAGES_ENTRIES 128u /* at most, in one frame */
+#define FRAME_PAGES_ENTRIES 256u /* at most, in one frame */
 
 struct frame_extent {
     uint64_t offset;
     uint32_t len, kind;
     const uint8_t *data; /* NULL for zeros */
 };
+
+/* The parts of a DELTA extent's data, which frame_pages_get has checked. */
+struct frame_delta {
+    const uint8_t *hash, *blocks;
+    uint32_t mask;
+};
+struct frame_delta frame_delta_of(const struct frame_extent *e);
+/* The next run of neighbouring blocks from block *at on, as a DATA extent; false when there is none. */
+bool frame_delta_run(const struct frame_extent *e, uint32_t *at, struct frame_extent *run);
 
 struct frame_pages {
     uint32_t handle, count;

@@ -7,8 +7,9 @@ for variable in $(compgen -e MEMSYNC_ || true); do unset "$variable"; done
 
 work=$(realpath "$(mktemp -d "${TMPDIR:-/tmp}/memsync-demo.XXXXXX")")
 export MEMSYNC_AGENT=$work/agent.sock XDG_STATE_HOME=$work/state
-remote_pid=
+remote_pid='' app=''
 cleanup() {
+    [ -z "$app" ] || kill "$app" 2>/dev/null || true
     "$build/memsync" stop >/dev/null 2>&1 || true
     [ -z "$remote_pid" ] || kill "$remote_pid" 2>/dev/null || true
     wait
@@ -83,6 +84,7 @@ grep -q '^same: ' "$work/verify.out" || fail "memsync verify found a difference"
 echo >&9
 exec 9>&-
 wait "$app" || fail "the program has failed"
+app=
 
 heading "4. Both agents stopped: the replica is a plain file"
 "$build/memsync" stop >/dev/null

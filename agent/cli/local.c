@@ -8,12 +8,14 @@
 #include <spawn.h>
 #include <stdlib.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #define HELLO_MS 10000
 #define STATUS_MS 20000
 #define START_MS 5000
+#define ENDING_MS 5000 /* between closing its connections and its end */
 #define STATUS_MAX (64u << 20)
 
 static int receive(struct local_agent *l, uint8_t *to, size_t cap, int timeout_ms, size_t *len)
@@ -67,17 +69,18 @@ static int next(struct local_agent *l, uint8_t *message, size_t *len, int timeou
     }
 }
 
+/* -ECONNRESET, unsaid: it closed before it answered, as one does that is about to end. */
 static int hello(struct local_agent *l)
 {
     uint8_t message[CONTROL_MAX];
     struct control_hello h = {.version = CONTROL_VERSION, .tool = 1, .pid = (uint32_t)getpid(), .program = "memsync"};
-    int rc = local_send(l, message, control_hello_put(message, sizeof message, &h));
-    if (rc)
-        return rc;
+    if (send(l->fd, message, control_hello_put(message, sizeof message, &h), MSG_NOSIGNAL) < 0)
+        return errno == EPIPE || errno == ECONNRESET ? -ECONNRESET : lost(l, -errno);
+    int rc;
     size_t len;
     rc = next(l, message, &len, HELLO_MS);
     if (rc)
-        return lost(l, rc);
+        return rc == -ECONNRESET ? rc : lost(l, rc);
     static struct control_text t;
     struct control_welcome w;
     if (control_type_of(message, len) == CONTROL_REFUSED && !control_text_get(message, len, &t)) {
@@ -90,14 +93,8 @@ static int hello(struct local_agent *l)
     return 0;
 }
 
-int local_connect(struct local_agent *l)
+static int connect_once(struct local_agent *l)
 {
-    *l = (struct local_agent){.fd = -1};
-    if (control_socket_path(l->socket, sizeof l->socket, getenv("MEMSYNC_AGENT"), getenv("XDG_RUNTIME_DIR"),
-                            geteuid())) {
-        cli_say("the path of the agent's socket is too long; set MEMSYNC_AGENT to a shorter one");
-        return -ENAMETOOLONG;
-    }
     struct sockaddr_un to;
     int dir, rc = addr_unix(l->socket, &to, &dir);
     if (!rc) {
@@ -116,6 +113,21 @@ int local_connect(struct local_agent *l)
     if (rc)
         local_close(l);
     return rc;
+}
+
+int local_connect(struct local_agent *l)
+{
+    *l = (struct local_agent){.fd = -1};
+    if (control_socket_path(l->socket, sizeof l->socket, getenv("MEMSYNC_AGENT"), getenv("XDG_RUNTIME_DIR"),
+                            geteuid())) {
+        cli_say("the path of the agent's socket is too long; set MEMSYNC_AGENT to a shorter one");
+        return -ENAMETOOLONG;
+    }
+    int rc;
+    int64_t until = cli_now() + ENDING_MS;
+    while ((rc = connect_once(l)) == -ECONNRESET && cli_now() < until)
+        poll(NULL, 0, 20);
+    return rc == -ECONNRESET ? lost(l, rc) : rc;
 }
 
 void local_close(struct local_agent *l)
@@ -230,6 +242,11 @@ json_t *local_status(struct local_agent *l)
     } else {
         json_error_t error;
         status = json_loadb(text ? text : "", len, 0, &error);
+        for (size_t i = 0; !status && i < len; i++) /* a path may be any bytes, JSON is UTF-8 */
+            if (text[i] & 0x80)
+                text[i] = '?';
+        if (!status)
+            status = json_loadb(text ? text : "", len, 0, &error);
         if (!json_is_object(status)) {
             cli_say("the agent on %s answers with what is no status: %s", l->socket, error.text);
             json_decref(status);
@@ -251,7 +268,14 @@ int local_ended(struct local_agent *l)
             cli_say("the agent on %s does not stop: %s", l->socket, *r.text ? r.text : strerror(-r.code));
             return r.code;
         }
-    return rc == -ECONNRESET ? 0 : lost(l, rc);
+    if (rc != -ECONNRESET)
+        return lost(l, rc);
+    struct pollfd p = {.fd = (int)syscall(SYS_pidfd_open, (pid_t)l->pid, 0), .events = POLLIN};
+    if (p.fd >= 0) { /* its last steps come after it has closed our connection */
+        poll(&p, 1, ENDING_MS);
+        close(p.fd);
+    }
+    return 0;
 }
 
 json_t *local_region(json_t *status, const char *name, const char *remote)

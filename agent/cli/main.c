@@ -40,7 +40,7 @@ static const struct command commands[] = {
     {"verify", "REGION", "compare a file here with its region at the remote",
      "Compares the hashes of all pages. The file is the one that the local agent tracks under this name, or --file "
      "PATH. A tracked file is\n"
-     "published first, and pages that differ are looked at once more after another publication. Exit code 1 when they "
+     "published first, and pages that differ are looked at again, after another publication. Exit code 1 when they "
      "differ.\n",
      OPTION_REMOTE | OPTION_FILE | OPTION_JSON, 1, 1, command_verify},
     {"rm", "REGION", "remove a region at the remote",

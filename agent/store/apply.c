@@ -15,8 +15,10 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 #define ROOM_MARGIN (64u << 20)
 #define ZERO_STEP (16u << 20)
@@ -38,28 +40,13 @@ static int save_pinned(const struct applying *a, struct part *p, uint64_t number
     return 0;
 }
 
-static int data_write(int fd, const uint8_t *data, size_t len, uint64_t offset)
-{
-    while (len) {
-        ssize_t n = pwrite(fd, data, len, (off_t)offset);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return n < 0 ? -errno : -EIO;
-        data += n;
-        len -= (size_t)n;
-        offset += (size_t)n;
-    }
-    return 0;
-}
-
 static int zeros_write(int fd, uint64_t len, uint64_t offset)
 {
     static const uint8_t zeros[64 << 10];
     int err = 0;
     for (uint64_t step; !err && len; len -= step, offset += step) {
         step = len < sizeof zeros ? len : sizeof zeros;
-        err = data_write(fd, zeros, (size_t)step, offset);
+        err = io_write(fd, zeros, (size_t)step, offset);
     }
     return err;
 }
@@ -90,7 +77,7 @@ static int apply_extent(void *arg, struct part *p, const struct frame_extent *e)
         int fd = region_open(c->a->s, p->r, false);
         err = fd < 0 ? fd : save_pinned(c->a, p, c->number, fd, at, at + step);
         if (!err)
-            err = e->data ? data_write(fd, e->data + done, (size_t)step, at) : file_zero(fd, step, at);
+            err = e->data ? io_write(fd, e->data + done, (size_t)step, at) : file_zero(fd, step, at);
         pthread_rwlock_unlock(&p->r->lock);
         store_step("apply pages");
     }
@@ -138,7 +125,7 @@ int apply_content(struct store *s, struct store_txn *t, const struct pinned *pin
         if (err)
             return err;
     }
-    return txn_pages(t, apply_extent, &(struct content){.a = &a, .number = t->number});
+    return txn_pages(t, PAGES_CLIPPED, apply_extent, &(struct content){.a = &a, .number = t->number});
 }
 
 static bool no_room(int err)
@@ -257,7 +244,7 @@ int apply_reserve(struct store *s, struct store_txn *t, uint64_t unapplied, char
     uint64_t space = ops->space(s->volume);
     if (space > ROOM_MARGIN && need < space - ROOM_MARGIN)
         return 0;
-    err = txn_pages(t, reserve_extent, s);
+    err = txn_pages(t, PAGES_CLIPPED, reserve_extent, s);
     if (err == -EOPNOTSUPP)
         err = need < space ? 0 : -ENOSPC;
     if (err) {
@@ -266,5 +253,51 @@ int apply_reserve(struct store *s, struct store_txn *t, uint64_t unapplied, char
                  ops->dir(s->volume) ? ops->dir(s->volume) : "the store", (unsigned long long)t->data, strerror(-err),
                  (unsigned long long)space);
     }
+    return err;
+}
+
+/* The page as the file has it, with the delta's blocks: is it what the writer has? */
+static int verify_delta(void *arg, struct part *p, const struct frame_extent *e)
+{
+    struct store *s = arg;
+    struct frame_delta d = frame_delta_of(e);
+    struct frame_extent run;
+    XXH128_canonical_t sum;
+    uint8_t page[FRAME_PAGE];
+    size_t have = 0;
+    if (p->created || e->offset + e->len > p->size)
+        return -EBADMSG;
+    pthread_rwlock_rdlock(&p->r->lock);
+    int fd = p->r->fd;
+    pthread_rwlock_unlock(&p->r->lock);
+    if (fd < 0) {
+        pthread_rwlock_wrlock(&p->r->lock);
+        fd = region_open(s, p->r, false);
+        pthread_rwlock_unlock(&p->r->lock);
+    }
+    while (fd >= 0 && have < sizeof page) {
+        ssize_t n = pread(fd, page + have, sizeof page - have, (off_t)(e->offset + have));
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return -errno;
+        if (!n)
+            break;
+        have += (size_t)n;
+    }
+    memset(page + have, 0, sizeof page - have);
+    for (uint32_t at = 0; frame_delta_run(e, &at, &run);)
+        memcpy(page + (run.offset - e->offset), run.data, run.len);
+    XXH128_canonicalFromHash(&sum, XXH3_128bits(page, sizeof page));
+    return fd < 0 ? fd : memcmp(&sum, d.hash, sizeof sum) ? -EBADMSG : 0;
+}
+
+int apply_verify(struct store *s, struct store_txn *t, char error[STORE_ERROR])
+{
+    int err = t->deltas ? txn_pages(t, PAGES_DELTAS, verify_delta, s) : 0;
+    if (err == -EBADMSG)
+        snprintf(error, STORE_ERROR, "a changed page does not come out as its writer has it: whole pages are needed");
+    else if (err)
+        snprintf(error, STORE_ERROR, "a changed page cannot be checked: %s", strerror(-err));
     return err;
 }

@@ -1,10 +1,10 @@
 /* What the parts of a store share. Nothing outside agent/store/ includes this, but tests of it do.
  *
- *   table.c    names, regions, leases          txn.c     frames into transactions, spilling
- *   journal.c  records on disk                 record.c  transactions <-> bytes of a record
- *   commit.c   queue, batches, checkpoints     apply.c   transactions into files
- *   pin.c      pre-images and reads            recover.c the saved table; opening
- *   store.c    the calls of store.h that answer from memory; closing
+ *   table.c    names, regions, leases          txn.c         frames into transactions    spill.c  large ones
+ *   journal.c  records on disk                 record.c      transactions <-> bytes of a record
+ *   commit.c   queue and batches               checkpoint.c  files and table synced      apply.c  transactions into
+ * files pin.c      pre-images and reads            recover.c     the saved table; opening    io.c     whole reads and
+ * writes store.c    the calls of store.h that answer from memory; opening
  *
  * Every name has two regions: `head` after all epochs handed in, against which the next is checked, and `durable` after
  * the last one that is on disk, which is what anybody is told. A failed epoch sets heads back to durable and checks
@@ -127,6 +127,7 @@ struct store_txn {
     uint64_t spill; /* number of its spill file, 0: none */
     int spill_fd;
     uint64_t spill_len;
+    bool deltas; /* some pages rest on what the epoch before left */
     bool spilling, large, ready, aborted;
     bool removing; /* by store_remove: no lease is asked for */
     int err;
@@ -239,6 +240,10 @@ void store_free(struct store *s);
 void store_fail(struct store *s, const char *what, int err);
 uint64_t store_now(void);
 
+/* io.c */
+int io_write(int fd, const void *data, size_t len, uint64_t offset);
+int io_read(int fd, void *to, size_t len, uint64_t offset);
+
 /* table.c */
 struct name *name_find(const struct store *s, const char *text);
 struct name *name_get(struct store *s, const char *text); /* makes it; NULL without memory */
@@ -267,9 +272,11 @@ struct store_txn *txns_pop(struct txns *q);
 void store_credits(struct store *s);
 /* Pages of a transaction in their order, spilled ones first; each extent clipped to the part's size. Stops at the first
  * non-zero return. */
+/* DELTAS: these alone, as they came. Else they are given as the DATA that they change. */
+enum pages_view { PAGES_AS_THEY_CAME, PAGES_CLIPPED, PAGES_DELTAS };
 typedef int pages_each(void *arg, struct part *p, const struct frame_extent *e);
-int txn_pages(struct store_txn *t, pages_each *each, void *arg);
-int frame_extents(struct part *p, const void *payload, size_t len, bool clip, pages_each *each, void *arg);
+int txn_pages(struct store_txn *t, enum pages_view view, pages_each *each, void *arg);
+int frame_extents(struct part *p, const void *payload, size_t len, enum pages_view view, pages_each *each, void *arg);
 
 /* record.c */
 uint64_t record_length(const struct store_txn *t);
@@ -296,12 +303,27 @@ struct pinned {
     size_t len;
 };
 int apply_reserve(struct store *s, struct store_txn *t, uint64_t unapplied, char error[STORE_ERROR]);
+/* Its deltas against the files, in which everything before it has been applied. */
+int apply_verify(struct store *s, struct store_txn *t, char error[STORE_ERROR]);
 int apply_txn(struct store *s, struct store_txn *t, const struct pinned *pinned);
 int name_apply(struct store *s, const char *name, uint64_t file); /* file 0: the name is no more */
 int file_zero(int fd, uint64_t len, uint64_t offset);
 int apply_content(struct store *s, struct store_txn *t, const struct pinned *pinned);
 
+/* spill.c */
+#define SPILL_HEAD 8u                               /* u32 part, u32 length, then a PAGES payload */
+void txn_credit(struct store_txn *t, size_t bytes); /* tells `spilled`, from the loop */
+void txn_uncredit(struct store_txn *t);
+size_t txn_limit(const struct store_txn *t);
+void spill_start(struct store_txn *t); /* if it is time */
+
+/* checkpoint.c */
+void checkpoint_start(struct store *s, bool last);
+int checkpoint_now(struct store *s); /* blocking, while opening */
+void waiters_tell(struct waiter *w);
+
 /* commit.c */
+void store_finish(struct store *s);
 void txn_discard(struct store_txn *t); /* frees it and what it left on disk */
 
 /* pin.c */
@@ -312,6 +334,5 @@ void pin_release(struct store_pin *pin);
 /* recover.c */
 void *meta_put(struct store *s, uint64_t seq, uint64_t pos, size_t *len);
 int store_recover(struct store *s, char error[STORE_ERROR]);
-int checkpoint_now(struct store *s);
 
 #endif

@@ -210,21 +210,6 @@ struct head {
     uint8_t sum[16];
 };
 
-static int bytes_read(int fd, void *to, size_t len, uint64_t pos)
-{
-    for (uint8_t *p = to; len;) {
-        ssize_t n = pread(fd, p, len, (off_t)pos);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return n < 0 ? -errno : -EIO;
-        p += n;
-        len -= (size_t)n;
-        pos += (size_t)n;
-    }
-    return 0;
-}
-
 static bool head_get(const struct journal *j, uint64_t pos, const uint8_t bytes[JOURNAL_HEAD], struct head *h)
 {
     struct rd r = rd_over(bytes, JOURNAL_HEAD);
@@ -248,7 +233,7 @@ static int record_read(const struct journal *j, uint64_t pos, uint64_t least, st
     *record = NULL;
     if (pos > j->size - JOURNAL_HEAD)
         return -EBADMSG;
-    int err = bytes_read(j->fd, bytes, JOURNAL_HEAD, pos);
+    int err = io_read(j->fd, bytes, JOURNAL_HEAD, pos);
     if (err)
         return err;
     if (!head_get(j, pos, bytes, h) || h->seq < least)
@@ -256,7 +241,7 @@ static int record_read(const struct journal *j, uint64_t pos, uint64_t least, st
     uint8_t *whole = malloc((size_t)h->len);
     if (!whole)
         return -ENOMEM;
-    err = bytes_read(j->fd, whole, (size_t)h->len, pos);
+    err = io_read(j->fd, whole, (size_t)h->len, pos);
     XXH3_state_t *hash = XXH3_createState();
     if (!err && hash) {
         XXH128_canonical_t sum;

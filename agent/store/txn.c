@@ -1,14 +1,9 @@
-/* A transaction: frames of one epoch, checked as they come, held in memory or spilled, until it is committed or
- * aborted. Loop thread, but spill_work.
+/* A transaction: frames of one epoch, checked as they come, held in memory or spilled (spill.c), until it is committed
+ * or aborted. Loop thread.
  *
  * Handles are asked of the session once each and then kept, so that renames inside the epoch are seen in their order.
- *
- * Spilling: once `memory` passes the limit the oldest frames go to disk, 4 MiB a job, one job at a time. Windows are
- * opened (spilled) at once while the transaction is small, and beyond that only as memory is freed. What is in memory
- * at the commit goes into the journal record; its spilled pages come before. */
+ */
 #include "agent/store/inside.h"
-
-#include "agent/base/job.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -16,9 +11,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
-
-#define SPILL_CHUNK (4u << 20)
-#define SPILL_HEAD 8u /* u32 part, u32 length, then a PAGES payload */
 
 void txns_push(struct txns *q, struct store_txn *t)
 {
@@ -272,219 +264,14 @@ static int add_region(struct store_txn *t, const struct buf *b, char error[STORE
     return 0;
 }
 
-static void credit(struct store_txn *t, size_t bytes)
-{
-    t->credit += bytes;
-    if (!t->crediting && t->credit) {
-        t->crediting = true;
-        t->next_credit = t->s->credits;
-        t->s->credits = t;
-        store_wake(t->s);
-    }
-}
-
-/* From the loop: gives back windows. A callback may abort its transaction, or others: the list is taken anew each time.
- */
-void store_credits(struct store *s)
-{
-    for (struct store_txn *t; (t = s->credits);) {
-        s->credits = t->next_credit;
-        t->crediting = false;
-        size_t bytes = t->credit;
-        t->credit = 0;
-        if (t->spilled && !t->aborted)
-            t->spilled(t->arg, bytes);
-    }
-}
-
-static void uncredit(struct store_txn *t)
-{
-    for (struct store_txn **at = &t->s->credits; t->crediting && *at; at = &(*at)->next_credit)
-        if (*at == t) {
-            *at = t->next_credit;
-            t->crediting = false;
-            return;
-        }
-}
-
-static size_t txn_limit(const struct store_txn *t)
-{
-    const struct limits *l = &t->s->limits;
-    return t->s->memory > l->all_memory && l->txn_memory > 1u << 20 ? 1u << 20 : l->txn_memory;
-}
-
-struct spill_job {
-    struct store_txn *t;
-    struct part **parts;
-    struct held *held;
-    size_t len, bytes;
-    uint64_t spilled; /* bytes appended to the spill file */
-    int err;
-};
-
-static int write_at(int fd, const void *data, size_t len, uint64_t offset)
-{
-    for (const uint8_t *p = data; len;) {
-        ssize_t n = pwrite(fd, p, len, (off_t)offset);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            return -errno;
-        p += n;
-        len -= (size_t)n;
-        offset += (size_t)n;
-    }
-    return 0;
-}
-
-struct span {
-    int fd;
-    uint64_t from, to;
-};
-
-static int direct_extent(void *arg, struct part *p, const struct frame_extent *e)
-{
-    struct span *span = arg;
-    (void)p;
-    if (!e->data) /* what is not there reads as zeros; what an earlier round put there has to go */
-        return file_zero(span->fd, e->len, e->offset);
-    if (e->offset < span->from)
-        span->from = e->offset;
-    if (e->offset + e->len > span->to)
-        span->to = e->offset + e->len;
-    return write_at(span->fd, e->data, e->len, e->offset);
-}
-
-static int spill_direct(struct store *s, struct part *p, const struct buf *b, struct span *span)
-{
-    pthread_rwlock_wrlock(&p->r->lock);
-    int fd = region_open(s, p->r, true);
-    pthread_rwlock_unlock(&p->r->lock);
-    if (fd < 0)
-        return fd;
-    if (span->fd != fd) {
-        if (span->to > span->from)
-            sync_file_range(span->fd, (off_t)span->from, (off_t)(span->to - span->from), SYNC_FILE_RANGE_WRITE);
-        *span = (struct span){.fd = fd, .from = UINT64_MAX};
-    }
-    return frame_extents(p, b->data, b->len, false, direct_extent, span);
-}
-
-static void spill_work(void *arg)
-{
-    struct spill_job *j = arg;
-    struct store_txn *t = j->t;
-    struct store *s = t->s;
-    struct span span = {.fd = -1};
-    if (s->volume->ops->space(s->volume) < j->bytes + STORE_TABLE_ROOM)
-        j->err = -ENOSPC;
-    for (size_t i = 0; i < j->len && !j->err; i++) {
-        struct part *p = j->parts[i];
-        const struct buf *b = j->held[i].buf;
-        if (p->created) {
-            j->err = spill_direct(s, p, b, &span);
-            continue;
-        }
-        if (t->spill_fd < 0 && (t->spill_fd = s->volume->ops->spill_open(s->volume, t->spill, true)) < 0) {
-            j->err = t->spill_fd;
-            break;
-        }
-        uint8_t head[SPILL_HEAD];
-        put_u32(head, j->held[i].part);
-        put_u32(head + 4, b->len);
-        uint64_t at = t->spill_len + j->spilled;
-        j->err = write_at(t->spill_fd, head, SPILL_HEAD, at);
-        if (!j->err)
-            j->err = write_at(t->spill_fd, b->data, b->len, at + SPILL_HEAD);
-        j->spilled += SPILL_HEAD + b->len;
-    }
-    if (span.to > span.from) /* start it now, so that the sync at the end finds little left to do */
-        sync_file_range(span.fd, (off_t)span.from, (off_t)(span.to - span.from), SYNC_FILE_RANGE_WRITE);
-    if (j->spilled && t->spill_fd >= 0)
-        sync_file_range(t->spill_fd, (off_t)t->spill_len, (off_t)j->spilled, SYNC_FILE_RANGE_WRITE);
-    store_step("spill");
-}
-
-static void spill_start(struct store_txn *t);
-
-static void spill_done(void *arg)
-{
-    struct spill_job *j = arg;
-    struct store_txn *t = j->t;
-    struct store *s = t->s;
-    for (size_t i = 0; i < j->len; i++)
-        buf_drop(j->held[i].buf);
-    t->memory -= j->bytes;
-    s->memory -= j->bytes;
-    t->spill_len += j->spilled;
-    t->spilling = false;
-    s->jobs--;
-    if (j->err && !t->err) {
-        t->err = j->err;
-        const char *dir = s->volume->ops->dir(s->volume);
-        snprintf(t->error, STORE_ERROR, "%.250s cannot take a large epoch: %s", dir ? dir : "mem:", strerror(-j->err));
-    }
-    free(j->parts);
-    free(j->held);
-    free(j);
-    if (t->aborted) {
-        txn_discard(t);
-        store_pump(s);
-        return;
-    }
-    if (t->memory <= txn_limit(t)) {
-        credit(t, t->withheld);
-        t->withheld = 0;
-    }
-    spill_start(t);
-    store_pump(s);
-}
-
-static void spill_start(struct store_txn *t)
-{
-    size_t limit = txn_limit(t);
-    if (t->spilling || t->aborted || t->err || t->memory <= (t->large && !t->durable ? limit - limit / 4 : limit))
-        return;
-    struct spill_job *j = calloc(1, sizeof *j);
-    size_t most = t->held_len - t->held_first, n = 0;
-    if (j) {
-        j->t = t;
-        j->parts = malloc(most * sizeof *j->parts);
-        j->held = malloc(most * sizeof *j->held);
-    }
-    if (!j || !j->parts || !j->held)
-        goto out;
-    for (; n < most && j->bytes < SPILL_CHUNK; n++) {
-        j->held[n] = t->held[t->held_first + n];
-        struct part *p = j->parts[n] = t->parts[j->held[n].part];
-        j->bytes += j->held[n].buf->len;
-        if (p->created)
-            p->direct = true;
-        else if (!t->spill)
-            t->spill = t->s->next_spill++;
-    }
-    j->len = n;
-    if (job_run(t->s->loop, spill_work, spill_done, j) < 0)
-        goto out;
-    t->held_first += n;
-    t->spilling = t->large = true;
-    t->s->jobs++;
-    return;
-out:
-    if (j) {
-        free(j->parts);
-        free(j->held);
-    }
-    free(j);
-    t->err = -ENOMEM;
-    snprintf(t->error, STORE_ERROR, "no memory to spill a large epoch");
-}
-
 static int add_pages(struct store_txn *t, struct buf *b, char error[STORE_ERROR])
 {
     struct frame_pages pages;
     if (frame_pages_get(b->data, b->len, &pages))
         return refuse(t, -EPROTO, error, "malformed PAGES");
+    struct frame_pages all = pages;
+    for (struct frame_extent e; frame_pages_next(&all, &e);)
+        t->deltas |= e.kind == FRAME_PAGES_DELTA;
     int i = slot_at(t, pages.handle);
     if ((size_t)i >= t->slots_len || t->slots[i].handle != pages.handle || t->slots[i].part < 0 ||
         !t->parts[t->slots[i].part]->stated)
@@ -503,7 +290,7 @@ static int add_pages(struct store_txn *t, struct buf *b, char error[STORE_ERROR]
     t->s->memory += b->len;
     t->data += rd_left(&pages.data);
     if (t->memory <= txn_limit(t))
-        credit(t, b->len);
+        txn_credit(t, b->len);
     else
         t->withheld += b->len;
     spill_start(t);
@@ -528,61 +315,59 @@ int store_txn_add(struct store_txn *t, uint8_t type, struct buf *payload, char e
     }
 }
 
-int frame_extents(struct part *p, const void *payload, size_t len, bool clip, pages_each *each, void *arg)
+static int clipped(struct part *p, struct frame_extent *e, bool clip, pages_each *each, void *arg)
+{
+    if (clip && e->offset >= p->size)
+        return 0;
+    if (clip && e->len > p->size - e->offset)
+        e->len = (uint32_t)(p->size - e->offset);
+    return each(arg, p, e);
+}
+
+int frame_extents(struct part *p, const void *payload, size_t len, enum pages_view view, pages_each *each, void *arg)
 {
     struct frame_pages pages;
-    struct frame_extent e;
+    struct frame_extent e, run;
     int err = frame_pages_get(payload, len, &pages);
     while (!err && frame_pages_next(&pages, &e)) {
-        if (clip && e.offset >= p->size)
-            continue;
-        if (clip && e.len > p->size - e.offset)
-            e.len = (uint32_t)(p->size - e.offset);
-        err = each(arg, p, &e);
+        bool delta = e.kind == FRAME_PAGES_DELTA;
+        uint32_t at = 0;
+        if (view == PAGES_DELTAS)
+            err = delta ? each(arg, p, &e) : 0;
+        else if (!delta)
+            err = clipped(p, &e, view == PAGES_CLIPPED, each, arg);
+        else
+            while (!err && frame_delta_run(&e, &at, &run))
+                err = clipped(p, &run, view == PAGES_CLIPPED, each, arg);
     }
     return err;
 }
 
-static int read_at(int fd, void *to, size_t len, uint64_t offset)
-{
-    for (uint8_t *p = to; len;) {
-        ssize_t n = pread(fd, p, len, (off_t)offset);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return n < 0 ? -errno : -EIO;
-        p += n;
-        len -= (size_t)n;
-        offset += (size_t)n;
-    }
-    return 0;
-}
-
-static int spilled_pages(struct store_txn *t, pages_each *each, void *arg)
+static int spilled_pages(struct store_txn *t, enum pages_view view, pages_each *each, void *arg)
 {
     uint8_t head[SPILL_HEAD], *payload = malloc(FRAME_PAYLOAD_MAX);
     int err = payload ? 0 : -ENOMEM;
     for (uint64_t at = 0; !err && at < t->spill_len;) {
-        if ((err = read_at(t->spill_fd, head, SPILL_HEAD, at)))
+        if ((err = io_read(t->spill_fd, head, SPILL_HEAD, at)))
             break;
         uint32_t part = get_u32(head), len = get_u32(head + 4);
         if (part >= t->parts_len || len > FRAME_PAYLOAD_MAX)
             err = -EIO;
-        else if (!(err = read_at(t->spill_fd, payload, len, at + SPILL_HEAD)) && t->parts[part]->r)
-            err = frame_extents(t->parts[part], payload, len, true, each, arg);
+        else if (!(err = io_read(t->spill_fd, payload, len, at + SPILL_HEAD)) && t->parts[part]->r)
+            err = frame_extents(t->parts[part], payload, len, view, each, arg);
         at += SPILL_HEAD + len;
     }
     free(payload);
     return err == -EPROTO ? -EIO : err;
 }
 
-int txn_pages(struct store_txn *t, pages_each *each, void *arg)
+int txn_pages(struct store_txn *t, enum pages_view view, pages_each *each, void *arg)
 {
-    int err = t->spill_len ? spilled_pages(t, each, arg) : 0;
+    int err = t->spill_len ? spilled_pages(t, view, each, arg) : 0;
     for (size_t i = t->held_first; !err && i < t->held_len; i++) {
         struct part *p = t->parts[t->held[i].part];
         if (p->r)
-            err = frame_extents(p, t->held[i].buf->data, t->held[i].buf->len, true, each, arg);
+            err = frame_extents(p, t->held[i].buf->data, t->held[i].buf->len, view, each, arg);
     }
     return err;
 }
@@ -731,7 +516,7 @@ void txn_durable(struct store_txn *t)
 void txn_free(struct store_txn *t)
 {
     struct store *s = t->s;
-    uncredit(t);
+    txn_uncredit(t);
     for (size_t i = t->held_first; i < t->held_len; i++)
         buf_drop(t->held[i].buf);
     s->memory -= t->memory;

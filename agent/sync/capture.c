@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #define SLICE_READ (4u << 20) /* bytes that one job looks at, and */
+#define DELTA_BLOCKS_MAX 20   /* of 32: beyond, a whole page is hardly longer */
 #define SLICE_OUT 48u         /* frames it makes, at most */
 #define SCRATCH (512u << 10)
 #define RACY_NS 50000000       /* a file's time stamps tell a change only when older than the clock's tick by far */
@@ -89,7 +90,8 @@ static void scan_part(struct part *p)
     p->ctime = ns_of(st.st_ctim);
     struct track_file file = {p->body->fd, p->size, &p->body->published, p->glance, p->watch && watch_take(p->watch)};
     for (size_t i = 0; i < p->nmaps && !p->err; i++)
-        p->err = track_collect(&p->maps[i], &file, &p->found);
+        if ((p->err = track_collect(&p->maps[i], &file, &p->found)))
+            p->failed = p->owners[i];
     if (file.events || (p->by_hash && !stamps_stand(p->body, p)))
         p->everything = true;
     if (p->everything && !p->err)
@@ -136,25 +138,67 @@ static void builder_flush(struct builder *b)
     b->count = b->bytes = 0;
 }
 
+static void builder_add(struct builder *b, const struct frame_extent *e, const void *data, uint32_t bytes)
+{
+    size_t table = FRAME_PAGES_HEAD + (size_t)(b->count + 1) * FRAME_PAGES_ENTRY;
+    if (b->count == FRAME_PAGES_ENTRIES || b->bytes + bytes > FRAME_DATA_MAX ||
+        table + b->bytes + bytes > FRAME_PAYLOAD_MAX)
+        builder_flush(b);
+    b->e[b->count++] = *e;
+    if (bytes)
+        memcpy(b->data + b->bytes, data, bytes);
+    b->bytes += bytes;
+}
+
 static void builder_page(struct builder *b, uint64_t offset, uint32_t len, const uint8_t *page, bool zeros)
 {
-    uint32_t data = zeros ? 0 : len;
+    uint32_t data = zeros ? 0 : len, kind = zeros ? FRAME_PAGES_ZEROS : FRAME_PAGES_DATA;
     struct frame_extent *last = b->count ? &b->e[b->count - 1] : NULL;
-    bool joins = last && last->offset + last->len == offset && (last->kind == FRAME_PAGES_ZEROS) == zeros &&
-                 last->len < (1u << 30);
-    if (b->bytes + data > FRAME_DATA_MAX || (!joins && b->count == FRAME_PAGES_ENTRIES)) {
-        builder_flush(b);
-        joins = false;
+    if (last && last->offset + last->len == offset && last->kind == kind && last->len < (1u << 30) &&
+        b->bytes + data <= FRAME_DATA_MAX) {
+        last->len += len;
+        if (data)
+            memcpy(b->data + b->bytes, page, data);
+        b->bytes += data;
+        return;
     }
-    if (joins)
-        b->e[b->count - 1].len += len;
+    builder_add(b, &(struct frame_extent){.offset = offset, .len = len, .kind = kind}, page, data);
+}
+
+/* A page of which few blocks changed since the last epoch. */
+static bool builder_delta(struct builder *b, uint64_t offset, const uint8_t *page, struct page_hash h, uint32_t mask)
+{
+    uint8_t delta[FRAME_DELTA_HEAD + DELTA_BLOCKS_MAX * FRAME_DELTA_BLOCK];
+    if (!mask || __builtin_popcount(mask) > DELTA_BLOCKS_MAX)
+        return false;
+    put_u64(delta, h.hi);
+    put_u64(delta + 8, h.lo);
+    put_u32(delta + 16, mask);
+    uint32_t len = FRAME_DELTA_HEAD;
+    for (; mask; mask &= mask - 1, len += FRAME_DELTA_BLOCK)
+        memcpy(delta + len, page + (size_t)__builtin_ctz(mask) * FRAME_DELTA_BLOCK, FRAME_DELTA_BLOCK);
+    builder_add(b, &(struct frame_extent){.offset = offset, .len = PAGE, .kind = FRAME_PAGES_DELTA}, delta, len);
+    return true;
+}
+
+/* A delta's base is what the epoch before left: so not for a page that was nothing then, and not in an epoch's later
+ * pass, where the page may have been sent already. */
+static void send_page(struct builder *b, uint64_t offset, const uint8_t *data, struct page_hash h)
+{
+    struct hashes *published = &b->part->body->published;
+    uint64_t page = offset / PAGE, left = b->part->size - offset;
+    struct page_hash old = hashes_get(published, page);
+    bool zeros = !h.lo && !h.hi, based = (old.lo || old.hi) && !page_hash_same(old, HASH_UNKNOWN);
+    uint32_t mask = 0;
+    if (left >= PAGE && !zeros)
+        mask = hashes_blocks(published, page, data);
     else
-        b->e[b->count++] =
-            (struct frame_extent){.offset = offset, .len = len, .kind = zeros ? FRAME_PAGES_ZEROS : FRAME_PAGES_DATA};
-    if (!zeros)
-        memcpy(b->data + b->bytes, page, len);
-    b->bytes += data;
+        hashes_forget_blocks(published, page);
+    hashes_set(published, page, h);
     b->c->pages++;
+    if (based && b->c->pass == 1 && builder_delta(b, offset, data, h, mask))
+        return;
+    builder_page(b, offset, left < PAGE ? (uint32_t)left : PAGE, data, zeros);
 }
 
 /* Everything at hand is compared with what was published; what differs goes out and counts as published. */
@@ -181,9 +225,7 @@ static void read_run(struct builder *b, uint8_t *scratch, uint64_t offset, size_
         struct page_hash h = page_hash_of(scratch + at);
         if (page_hash_same(h, hashes_get(&p->body->published, page)))
             continue;
-        uint64_t left = p->size - (offset + at);
-        hashes_set(&p->body->published, page, h);
-        builder_page(b, offset + at, left < PAGE ? (uint32_t)left : PAGE, scratch + at, !h.lo && !h.hi);
+        send_page(b, offset + at, scratch + at, h);
     }
 }
 
@@ -608,8 +650,8 @@ static void scan_done(void *arg)
         err = p->err;
         log_info("%s: scan: %s", p->region->name, strerror(-p->err));
         p->body->unknown = p->body->killed = true;
-        for (size_t m = 0; m < p->nmaps; m++)
-            program_check(p->owners[m]);
+        if (p->failed)
+            program_check(p->failed);
     }
     if (err && (!c->scan_only || c->aborted)) {
         c->group->retry_at = uv_now(c->group->link->local->loop) + SCAN_RETRY_MS;

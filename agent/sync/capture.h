@@ -39,6 +39,7 @@ struct part {
     struct extents found;
     uint64_t size, min_size;
     int64_t mtime, ctime, seen;
+    struct program *failed; /* whose map could not be looked at */
     int err; /* negative errno of the first map or file that could not be looked at */
     /* the reading */
     struct extents todo;

@@ -207,7 +207,7 @@ void group_degrade(struct group *g, const char *format, ...)
 
 static void recover(struct group *g)
 {
-    if (!g->degraded || g->queue || g->capture)
+    if ((!g->degraded && !g->said) || g->queue || g->capture)
         return;
     for (struct region *r = g->regions; r; r = r->next_group)
         if (r->body && region_takes_part(r) && (r->body->unknown || r->body->dirty.count))
@@ -639,7 +639,9 @@ void group_failed(struct group *g, uint64_t seq, uint16_t code, const char *text
         return;
     }
     again_later(g);
-    if (code != FRAME_E_LINEAGE)
+    if (code == FRAME_E_DELTA)
+        resync(g); /* the queue's deltas rest on a page that is not what we took it for */
+    else if (code != FRAME_E_LINEAGE)
         group_degrade(g, "the remote cannot commit: %s", text);
 }
 
@@ -665,7 +667,16 @@ static void time_over(struct group *g, uint64_t now)
             base = g->link->moved;
         if (moving && g->last_ack > base)
             base = g->last_ack;
-        if (w->timeout_ms == UINT64_MAX || now - base < w->timeout_ms || w->loss == CONTROL_LOSS_BLOCK) {
+        if (w->timeout_ms == UINT64_MAX || now - base < w->timeout_ms) {
+            at = &w->next;
+            continue;
+        }
+        if (w->loss == CONTROL_LOSS_BLOCK) {
+            if (!g->said)
+                group_notice(
+                    g, "%s: not acknowledged within %.3g s (%s); the program waits, as MEMSYNC_ON_LOSS=block says",
+                    g->link->address, (double)w->timeout_ms / 1000, g->link->reason[0] ? g->link->reason : "no answer");
+            g->said = true;
             at = &w->next;
             continue;
         }
@@ -686,9 +697,23 @@ static void time_over(struct group *g, uint64_t now)
     }
 }
 
+/* Nobody waits, but the link has been down for as long as anybody would have. */
+static void long_down(struct group *g, uint64_t now)
+{
+    uint64_t patience = UINT64_MAX;
+    for (const struct region *r = g->regions; r; r = r->next_group)
+        for (const struct use *u = r->body && region_takes_part(r) ? r->body->uses : NULL; u; u = u->next_body)
+            if (u->program->timeout_ms < patience)
+                patience = u->program->timeout_ms;
+    if (patience != UINT64_MAX && !g->degraded && g->link->state != LINK_UP && now - g->link->down_since >= patience)
+        group_degrade(g, "no link for %.3g s (%s)", (double)patience / 1000,
+                      g->link->reason[0] ? g->link->reason : "not connected");
+}
+
 void group_tick(struct group *g, uint64_t now)
 {
     time_over(g, now);
+    long_down(g, now);
     if (g->link->state == LINK_UP && now >= g->retry_at)
         for (struct region *r = g->regions; r; r = r->next_group)
             if (((r->attach == ATTACH_LOOSE && (r->body || r->held_before || r->doomed)) ||

@@ -90,9 +90,6 @@ static void local_free(struct local *l)
         free(k);
     }
     records_close(&l->records);
-    unlink(l->socket_path);
-    close(l->listen_fd);
-    close(l->lock_fd);
     free(l->socket_path);
     free(l);
     done(arg);
@@ -283,6 +280,11 @@ void local_stop(struct local *l, void (*done)(void *arg), void *arg)
     l->stopped = done;
     l->stopped_arg = arg;
     l->stopping = true;
+    /* Whoever comes now finds no agent and starts the next one, beside which we finish. */
+    unlink(l->socket_path);
+    uv_poll_stop(&l->listener);
+    close(l->listen_fd);
+    close(l->lock_fd);
     l->stop_by = uv_now(l->loop) + DRAIN_MS;
     for (struct link *k = l->links; k; k = k->next)
         for (struct group *g = k->groups, *next; g; g = next) {

@@ -18,6 +18,13 @@ struct page_hash page_hash_of(const uint8_t *page)
     return v;
 }
 
+static void *table(void *old, size_t had, size_t want)
+{
+    void *at = old ? mremap(old, had, want, MREMAP_MAYMOVE)
+                   : mmap(NULL, want, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return at == MAP_FAILED ? NULL : at;
+}
+
 int hashes_room(struct hashes *h, uint64_t pages)
 {
     if (pages <= h->pages)
@@ -27,14 +34,38 @@ int hashes_room(struct hashes *h, uint64_t pages)
     uint64_t want = (pages + 255) & ~255ULL; /* whole pages of entries */
     if (want < h->pages * 2)
         want = h->pages * 2;
-    void *at = h->at ? mremap(h->at, h->pages * sizeof *h->at, want * sizeof *h->at, MREMAP_MAYMOVE)
-                     : mmap(NULL, want * sizeof *h->at, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == MAP_FAILED)
+    void *at = table(h->at, h->pages * sizeof *h->at, want * sizeof *h->at);
+    if (!at)
         return -ENOMEM;
     h->at = at;
+    if (h->blocks || !h->pages) {
+        void *blocks = table(h->blocks, h->pages * sizeof *h->blocks, want * sizeof *h->blocks);
+        if (!blocks && h->blocks)
+            munmap(h->blocks, h->pages * sizeof *h->blocks);
+        h->blocks = blocks;
+    }
     h->pages = want;
     return 0;
+}
+
+uint32_t hashes_blocks(struct hashes *h, uint64_t page, const uint8_t *data)
+{
+    if (!h->blocks || page >= h->pages)
+        return 0;
+    uint32_t *of = h->blocks[page].of, known = 0, mask = 0;
+    for (unsigned i = 0; i < BLOCKS_A_PAGE; i++) {
+        uint32_t now = (uint32_t)XXH3_64bits(data + i * BLOCK_BYTES, BLOCK_BYTES);
+        known |= of[i];
+        mask |= (uint32_t)(of[i] != now) << i;
+        of[i] = now;
+    }
+    return known ? mask : 0;
+}
+
+void hashes_forget_blocks(struct hashes *h, uint64_t page)
+{
+    if (h->blocks && page < h->pages)
+        memset(&h->blocks[page], 0, sizeof *h->blocks);
 }
 
 struct page_hash hashes_get(const struct hashes *h, uint64_t page)
@@ -53,8 +84,10 @@ void hashes_cut(struct hashes *h, uint64_t size)
     uint64_t page = size / PAGE;
     if (page >= h->pages)
         return;
-    if (size % PAGE)
+    if (size % PAGE) {
+        hashes_forget_blocks(h, page);
         h->at[page++] = HASH_UNKNOWN;
+    }
     uint64_t keep = (page + 255) & ~255ULL; /* up to a whole page of entries, then let go */
     if (keep > h->pages)
         keep = h->pages;
@@ -67,5 +100,7 @@ void hashes_free(struct hashes *h)
 {
     if (h->at)
         munmap(h->at, h->pages * sizeof *h->at);
+    if (h->blocks)
+        munmap(h->blocks, h->pages * sizeof *h->blocks);
     *h = (struct hashes){0};
 }

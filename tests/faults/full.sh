@@ -11,12 +11,13 @@ if [ -z "${IN_NAMESPACE:-}" ]; then
     exit
 fi
 mkdir -p "$STORE"
-mount -t tmpfs -o size=96m tmpfs "$STORE"
+# Room for the journal (32 MiB), the region, and a large epoch beside it until it is applied.
+mount -t tmpfs -o size=192m tmpfs "$STORE"
 mounted+=("$STORE")
 
 start_remote
 size=$((48 << 20))
-fill_up() { head -c 200000000 /dev/zero >"$STORE/filler" 2>/dev/null || true; }
+fill_up() { head -c 400000000 /dev/zero >"$STORE/filler" 2>/dev/null || true; }
 status_is() {
     local code=0
     memsync status >"$T/status.out" 2>&1 || code=$?

@@ -60,15 +60,17 @@ stop_local
 stop_remote
 quiet "$T/program.err"
 
+[ "$program" != many ] || [ "$(tracked_files "$W/work" | wc -l)" = 100 ] || fail "not 100 files"
+if [ "$program" = big ]; then # only where there is data; and the holes stay holes
+    for other in "$native/work/big" "$(replica "$W/work/big")"; do
+        /usr/bin/python3 "$TESTS/same_sparse.py" "$W/work/big" "$other" || fail "$other differs"
+        used=$(du -k "$other" | cut -f 1)
+        [ "$used" -lt 65536 ] || fail "$other takes $used KiB"
+    done
+    exit 0
+fi
 if [ "$program/$case" != mapops/handler ]; then # how often it is interrupted is chance
     diff -r "$native/work" "$W/work" >&2 || fail "under the shim the program did something else"
 fi
 W=$W/work
-[ "$program" != many ] || [ "$(tracked_files "$W" | wc -l)" = 100 ] || fail "not 100 files"
-case $program in
-big) # the holes stay holes on both sides
-    used=$(du -k "$(replica "$W/big")" | cut -f 1)
-    [ "$used" -lt 65536 ] || fail "the replica of a sparse file takes $used KiB"
-    ;;
-esac
 same_tree

@@ -92,11 +92,11 @@ two_writers() {
 }
 run_fio() {
     requires fio
-    run fio --name=verify --directory="$W" --ioengine=mmap --rw=randwrite --bs=4k --size=8m --verify=crc32c --do_verify=1 --verify_fatal=1 \
+    run fio --name=verify --directory="$W" --ioengine=mmap --rw=randwrite --bs=4k --size=8m --verify=crc32c --do_verify=1 --verify_fatal=1 --verify_state_save=0 \
         --fsync=64 --thread --output="$T/fio.out"
 }
 read_fio() {
-    fio --name=verify --directory="$2" --ioengine=mmap --rw=randwrite --bs=4k --size=8m --verify=crc32c --verify_only --verify_fatal=1 \
+    fio --name=verify --directory="$2" --ioengine=mmap --rw=randwrite --bs=4k --size=8m --verify=crc32c --verify_only --verify_fatal=1 --verify_state_save=0 \
         --thread --output="$T/fio2.out" || fail "fio does not find what it wrote in the replica: $(cat "$T/fio2.out")"
 }
 save_like_an_editor() {

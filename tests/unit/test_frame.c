@@ -419,7 +419,7 @@ static void test_pages_refused(void **state)
     assert_int_equal(pages_one(0, 0, FRAME_PAGES_DATA, 0), -EPROTO);
     assert_int_equal(pages_one(0, 0, FRAME_PAGES_ZEROS, 0), -EPROTO);
     assert_int_equal(pages_one(0, 5, FRAME_PAGES_ZEROS, 5), -EPROTO);
-    assert_int_equal(pages_one(0, 5, FRAME_PAGES_ZEROS + 1, 0), -EPROTO);
+    assert_int_equal(pages_one(0, 5, FRAME_PAGES_DELTA + 1, 0), -EPROTO);
     assert_int_equal(pages_one((uint64_t)INT64_MAX - 4, 5, FRAME_PAGES_ZEROS, 0), -EPROTO);
     assert_int_equal(pages_one(UINT64_MAX - 3, 5, FRAME_PAGES_ZEROS, 0), -EPROTO);
     assert_int_equal(pages_one(0, FRAME_DATA_MAX, FRAME_PAGES_DATA, FRAME_DATA_MAX), 0);
@@ -436,6 +436,49 @@ static void test_pages_refused(void **state)
     assert_int_equal(pages_get(FRAME_PAGES_HEAD, &p), -EPROTO);
     put_u32(pages + 4, 1u << 28);
     assert_int_equal(pages_get(FRAME_PAGES_HEAD, &p), -EPROTO);
+}
+
+static int delta_one(uint64_t offset, uint32_t len, uint32_t mask, size_t data)
+{
+    struct frame_pages p;
+    struct frame_extent e = {.offset = offset, .len = len, .kind = FRAME_PAGES_DELTA};
+    size_t n = pages_make(&e, 1, data);
+    if (data >= FRAME_DELTA_HEAD)
+        put_u32(pages + FRAME_PAGES_HEAD + FRAME_PAGES_ENTRY + 16, mask);
+    return pages_get(n, &p);
+}
+
+static void test_deltas(void **state)
+{
+    (void)state;
+    assert_int_equal(delta_one(4096, 4096, 1, 20 + 128), 0);
+    assert_int_equal(delta_one(4096, 4096, 0xffffffffu, 20 + 4096), 0);
+    assert_int_equal(delta_one(4096, 4096, 0, 20), -EPROTO);
+    assert_int_equal(delta_one(4096, 4096, 3, 20 + 128), -EPROTO);
+    assert_int_equal(delta_one(4096, 4096, 1, 20 + 127), -EPROTO);
+    assert_int_equal(delta_one(4096, 4096, 1, 20 + 129), -EPROTO);
+    assert_int_equal(delta_one(4096, 4096, 1, 19), -EPROTO);
+    assert_int_equal(delta_one(4095, 4096, 1, 20 + 128), -EPROTO);
+    assert_int_equal(delta_one(4096, 128, 1, 20 + 128), -EPROTO);
+
+    struct frame_pages p;
+    struct frame_extent e = {.offset = 8192, .len = 4096, .kind = FRAME_PAGES_DELTA}, run;
+    size_t n = pages_make(&e, 1, 20 + 4 * 128);
+    put_u32(pages + FRAME_PAGES_HEAD + FRAME_PAGES_ENTRY + 16, 0x80000031u);
+    assert_int_equal(frame_pages_get(pages, n, &p), 0);
+    assert_true(frame_pages_next(&p, &e));
+    static const struct frame_extent runs[] = {
+        {.offset = 8192, .len = 128}, {.offset = 8192 + 512, .len = 256}, {.offset = 12288 - 128, .len = 128}};
+    const uint8_t *data = e.data + FRAME_DELTA_HEAD;
+    uint32_t at = 0;
+    for (size_t i = 0; i < 3; i++) {
+        assert_true(frame_delta_run(&e, &at, &run));
+        assert_int_equal(run.offset, runs[i].offset);
+        assert_int_equal(run.len, runs[i].len);
+        assert_ptr_equal(run.data, data);
+        data += run.len;
+    }
+    assert_false(frame_delta_run(&e, &at, &run));
 }
 
 /* Whatever is taken yields exactly its count of extents, in bounds, which use up all data. */
@@ -498,8 +541,8 @@ int main(void)
         cmocka_unit_test(test_strings),        cmocka_unit_test(test_step),
         cmocka_unit_test(test_step_refuses),   cmocka_unit_test(test_bit_flips),
         cmocka_unit_test(test_random_streams), cmocka_unit_test(test_pages),
-        cmocka_unit_test(test_pages_refused),  cmocka_unit_test(test_pages_damage),
-        cmocka_unit_test(test_codes),
+        cmocka_unit_test(test_pages_refused),  cmocka_unit_test(test_deltas),
+        cmocka_unit_test(test_pages_damage),   cmocka_unit_test(test_codes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

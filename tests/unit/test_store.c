@@ -1,6 +1,8 @@
 /* The store's promises, on both volumes: what is committed is there, names behave, refused epochs leave nothing. */
 #include "tests/unit/test_store.h"
 
+#include <xxhash.h>
+
 static int setup_mem(void **state)
 {
     struct kit *k = malloc(sizeof *k);
@@ -122,6 +124,66 @@ static void zeros_and_clipping(void **state)
         assert_int_equal(kit_byte(k, "r", 200000), -2);
         again(k);
     }
+}
+
+static int kit_delta(struct kit *k, struct store_txn *t, uint32_t handle, uint64_t page, uint32_t mask, uint8_t with,
+                     const uint8_t *whole)
+{
+    uint8_t delta[FRAME_DELTA_HEAD + FRAME_PAGE];
+    XXH128_canonical_t sum;
+    XXH128_canonicalFromHash(&sum, XXH3_128bits(whole, FRAME_PAGE));
+    memcpy(delta, &sum, 16);
+    put_u32(delta + 16, mask);
+    size_t len = FRAME_DELTA_HEAD + (size_t)__builtin_popcount(mask) * FRAME_DELTA_BLOCK;
+    memset(delta + FRAME_DELTA_HEAD, with, len - FRAME_DELTA_HEAD);
+    struct frame_extent e = {.offset = page * FRAME_PAGE, .len = FRAME_PAGE, .kind = FRAME_PAGES_DELTA};
+    struct buf *b = buf_new(FRAME_PAYLOAD_MAX);
+    size_t head = frame_pages_put(b->data, FRAME_PAYLOAD_MAX, handle, &e, 1);
+    memcpy(b->data + head, delta, len);
+    b->len = (uint32_t)(head + len);
+    int rc = store_txn_add(t, FRAME_PAGES, b, k->error);
+    buf_drop(b);
+    return rc;
+}
+
+/* Two epochs of deltas in a row, the second handed in before the first is durable; then one whose page comes out
+ * otherwise: it is refused, nothing of it shows, and what comes after it is right again. */
+static void deltas_are_checked_before_they_count(void **state)
+{
+    struct kit *k = *state;
+    uint8_t page[FRAME_PAGE];
+    kit_attach(k, 0, "r");
+    assert_int_equal(kit_write(k, 0, 1, 3 * FRAME_PAGE, 'x'), 0);
+    memset(page, 'x', sizeof page);
+    memset(page + 128, 'y', 256);
+    struct store_txn *t = kit_txn(k);
+    assert_int_equal(kit_region(k, t, 0, 2, UINT64_MAX, 3 * FRAME_PAGE), 0);
+    assert_int_equal(kit_delta(k, t, 0, 1, 0x6, 'y', page), 0);
+    struct told first = {0}, second = {0};
+    store_txn_commit(t, kit_durable, &first);
+    memset(page + 31 * 128, 'z', 128);
+    t = kit_txn(k);
+    assert_int_equal(kit_region(k, t, 0, 3, UINT64_MAX, 3 * FRAME_PAGE), 0);
+    assert_int_equal(kit_delta(k, t, 0, 1, 1u << 31, 'z', page), 0);
+    store_txn_commit(t, kit_durable, &second);
+    while (!first.calls || !second.calls)
+        uv_run(&k->loop, UV_RUN_ONCE);
+    assert_int_equal(first.err, 0);
+    assert_int_equal(second.err, 0);
+    t = kit_txn(k);
+    assert_int_equal(kit_region(k, t, 0, 4, UINT64_MAX, 3 * FRAME_PAGE), 0);
+    assert_int_equal(kit_delta(k, t, 0, 2, 1, 'q', page), 0);
+    assert_int_equal(kit_commit(k, t), -EBADMSG);
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(kit_byte(k, "r", FRAME_PAGE + 127), 'x');
+        assert_int_equal(kit_byte(k, "r", FRAME_PAGE + 128), 'y');
+        assert_int_equal(kit_byte(k, "r", FRAME_PAGE + 383), 'y');
+        assert_int_equal(kit_byte(k, "r", FRAME_PAGE + 384), 'x');
+        assert_int_equal(kit_byte(k, "r", 2 * FRAME_PAGE - 1), 'z');
+        assert_int_equal(kit_byte(k, "r", 2 * FRAME_PAGE), 'x');
+        again(k);
+    }
+    assert_int_equal(kit_write(k, 0, 4, 3 * FRAME_PAGE, 'w'), 0);
 }
 
 static void rename_replaces(void **state)
@@ -413,6 +475,7 @@ int main(void)
         DISK(plain_file_is_exact_after_close),
         BOTH(lowest_size_cuts),
         BOTH(zeros_and_clipping),
+        BOTH(deltas_are_checked_before_they_count),
         BOTH(rename_replaces),
         BOTH(unlink_and_create_anew),
         BOTH(created_and_gone_in_one_epoch),
