@@ -3,6 +3,7 @@
 # make demo       a small LMDB database replicated, before your eyes
 # make check      every test that fits in a few minutes; sets up what it needs
 # make check-long | check-sanitize | bench
+# make bench-hashes   hash algorithms and PAGEMAP_SCAN: a table and plots in build/bench/results
 # make install PREFIX=/usr/local DESTDIR=
 PREFIX ?= /usr/local
 BUILD ?= build
@@ -26,7 +27,7 @@ SHIM := $(wildcard shim/*.c) wire/control.c wire/name.c
 AGENT := $(wildcard agent/base/*.c agent/track/*.c agent/sync/*.c agent/store/*.c agent/net/*.c) $(WIRE)
 CLI := $(wildcard agent/cli/*.c)
 UNIT := $(wildcard tests/unit/*.c)
-PROGRAMS := $(wildcard tests/programs/*.c tests/faults/*.c bench/*.c)
+PROGRAMS := $(filter-out bench/hashes.c,$(wildcard tests/programs/*.c tests/faults/*.c bench/*.c))
 
 shim_objects := $(SHIM:%.c=$(BUILD)/shim.o/%.o)
 agent_objects := $(AGENT:%.c=$(BUILD)/o/%.o)
@@ -74,6 +75,12 @@ $(programs): $(BUILD)/%: %.c
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(FLAGS) -o $@ $< -pthread -ldl
 
+# The one that measures libraries links them.
+$(BUILD)/bench/hashes: bench/hashes.c
+	$(call say,CC,$<)
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(FLAGS) $(shell pkg-config --cflags libxxhash libcrypto) -o $@ $< $(shell pkg-config --libs libxxhash libcrypto)
+
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 
 tests: all $(units) $(programs)
@@ -92,6 +99,11 @@ check:
 	@$(MAKE) --no-print-directory tests
 	@BUILD=$(BUILD) tests/run.sh
 
+bench-hashes:
+	@tests/deps.sh build bench
+	@$(MAKE) --no-print-directory $(BUILD)/bench/hashes
+	@BUILD=$(BUILD) bench/hashes.sh
+
 to := $(DESTDIR)$(PREFIX)
 install: all
 	install -d $(to)/bin $(to)/lib $(to)/share/man/man1 $(to)/share/man/man7 $(to)/share/man/man8
@@ -108,5 +120,5 @@ uninstall:
 clean:
 	rm -rf $(BUILD)
 
-.PHONY: all tests deps demo check install uninstall clean
+.PHONY: all tests deps demo check bench-hashes install uninstall clean
 .SECONDARY:

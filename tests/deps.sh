@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that a target needs, and only those that are missing:  tests/deps.sh [build|demo|check]...   (all when none is named)
+# Installs the Debian packages that a target needs, and only those that are missing:  tests/deps.sh [build|demo|check|bench]...   (all but bench when none is named)
 set -euo pipefail
 
 build="gcc libc6-dev make pkg-config libuv1-dev libxxhash-dev libffi-dev libjansson-dev"
 demo="python3-lmdb lmdb-utils"
 check="libcmocka-dev clang python3-lmdb python3-numpy lmdb-utils sqlite3 fio ripgrep git libpython3.11-testsuite strace rsync procps util-linux iproute2"
+bench="libssl-dev gnuplot-nox"
 
 wanted=()
 for what in "${@:-build}" $([ $# -gt 0 ] || echo demo check); do
@@ -12,8 +13,9 @@ for what in "${@:-build}" $([ $# -gt 0 ] || echo demo check); do
     build) read -ra more <<<"$build" ;;
     demo) read -ra more <<<"$demo" ;;
     check) read -ra more <<<"$check" ;;
+    bench) read -ra more <<<"$bench" ;;
     *)
-        echo "deps.sh: there is nothing called $what; build, demo and check there are" >&2
+        echo "deps.sh: there is nothing called $what; build, demo, check and bench there are" >&2
         exit 2
         ;;
     esac
