@@ -99,6 +99,23 @@ check:
 	@$(MAKE) --no-print-directory tests
 	@BUILD=$(BUILD) tests/run.sh
 
+# 200 rounds of kills and cuts, where `check` has 20.
+check-long:
+	@tests/deps.sh build check
+	@$(MAKE) --no-print-directory tests
+	@BUILD=$(BUILD) tests/run.sh long
+
+# The agent and the unit tests under AddressSanitizer and UndefinedBehaviorSanitizer; the programs and the shim in them stay as they are.
+check-sanitize:
+	@tests/deps.sh build check
+	@$(MAKE) --no-print-directory BUILD=build-sanitize OPT='-O1 -g' SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=undefined' tests
+	@BUILD=build-sanitize tests/run.sh unit faults
+
+bench:
+	@tests/deps.sh build check
+	@$(MAKE) --no-print-directory tests
+	@BUILD=$(BUILD) bench/run.sh
+
 bench-hashes:
 	@tests/deps.sh build bench
 	@$(MAKE) --no-print-directory $(BUILD)/bench/hashes
@@ -120,5 +137,5 @@ uninstall:
 clean:
 	rm -rf $(BUILD)
 
-.PHONY: all tests deps demo check bench-hashes install uninstall clean
+.PHONY: all tests deps demo check install uninstall clean check-long check-sanitize bench bench-hashes
 .SECONDARY:

@@ -49,7 +49,7 @@ enum frame_type {
     FRAME_OP,       /* struct frame_op */
     FRAME_REGION,   /* struct frame_region */
     FRAME_PAGES,    /* struct frame_pages */
-    FRAME_END,      /* u64 seq, u64 count of frames between BEGIN and END: commit */
+    FRAME_END,      /* u64 seq, u64 count of frames between BEGIN and END, [u8 1: nobody waits for RECEIVED, send none]: commit */
     FRAME_ABORT,    /* u64 seq: forget the open epoch */
     FRAME_RECEIVED, /* u64 seq: all of it is in the server's memory */
     FRAME_DURABLE,  /* u64 seq: committed, on disk (in memory for a mem: store) */

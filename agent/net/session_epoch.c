@@ -192,7 +192,8 @@ static void on_durable(void *arg, int err, const char *text)
 
 static void epoch_end(struct session *s, struct epoch *e, const struct buf *p)
 {
-    if (p->len != 16 || get_u64(p->data) != e->seq) {
+    bool quiet = p->len == 17 && p->data[16] == 1;
+    if ((p->len != 16 && !quiet) || get_u64(p->data) != e->seq) {
         session_violated(s, "an END out of form, or of another epoch");
         return;
     }
@@ -216,7 +217,8 @@ static void epoch_end(struct session *s, struct epoch *e, const struct buf *p)
     TAILQ_INSERT_TAIL(&s->pending, e, link);
     s->pending_n++;
     renames_do(s, e);
-    session_reply(s, e->lane->stream, FRAME_RECEIVED, p->data, 8);
+    if (!quiet)
+        session_reply(s, e->lane->stream, FRAME_RECEIVED, p->data, 8);
     struct store_txn *txn = e->txn;
     e->txn = NULL;
     store_txn_commit(txn, on_durable, e);

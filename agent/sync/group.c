@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#define GATHER_BYTES (256u << 10)
 #define RETRY_MS 500u
 #define RETRY_MAX_MS 8000u
 
@@ -155,6 +156,7 @@ void waiter_new(struct group *g, enum waiter_kind kind, struct answer *a, const 
             answer_drop(a, -ENOMEM);
         return;
     }
+    g->all_async = kind == WAIT_SYNC && ack == CONTROL_ACK_ASYNC;
     *w = (struct waiter){
         .kind = kind, .answer = a, .ack = ack, .scan_only = scan_only, .addr = addr, .len = len, .since = now_of(g)};
     w->loss = p ? p->loss : CONTROL_LOSS_CONTINUE;
@@ -364,15 +366,35 @@ void group_op(struct group *g, uint8_t kind, struct region *region, struct regio
 
 /* ---- sending ---- */
 
-static void send_u64s(struct group *g, uint32_t stream, uint8_t type, uint64_t a, uint64_t b, bool two)
+static void send_begin(struct group *g, const struct epoch *e)
 {
-    struct buf *buf = buf_new(16);
+    struct buf *buf = buf_new(8);
     if (!buf)
         return;
-    put_u64(buf->data, a);
-    put_u64(buf->data + 8, b);
-    buf->len = two ? 16 : 8;
-    conn_send(g->link->conn, stream, type, buf);
+    put_u64(buf->data, e->seq);
+    buf->len = 8;
+    conn_send(g->link->conn, e->stream, FRAME_BEGIN, buf);
+}
+
+/* Whether somebody goes on when the epoch has been received: else it is not worth an answer. */
+static bool received_matters(const struct group *g)
+{
+    for (const struct waiter *w = g->waiters; w; w = w->next)
+        if (w->ack == CONTROL_ACK_RECEIVED)
+            return true;
+    return false;
+}
+
+static void send_end(struct group *g, const struct epoch *e)
+{
+    struct buf *buf = buf_new(17);
+    if (!buf)
+        return;
+    put_u64(buf->data, e->seq);
+    put_u64(buf->data + 8, e->count);
+    buf->data[16] = 1;
+    buf->len = received_matters(g) ? 16 : 17;
+    conn_send(g->link->conn, e->stream, FRAME_END, buf);
 }
 
 /* Its fence may have changed since the frame was made: the lease was given anew. */
@@ -400,7 +422,7 @@ static void epoch_send(struct group *g, struct epoch *e)
     if (!e->begun) {
         e->begun = true;
         e->stream = g->stream;
-        send_u64s(g, e->stream, FRAME_BEGIN, e->seq, 0, false);
+        send_begin(g, e);
     }
     conn_set_priority(c, e->stream, e->bytes > (1u << 20) ? CONN_BULK : CONN_NORMAL);
     for (; e->sent < e->count; e->sent++) {
@@ -415,14 +437,35 @@ static void epoch_send(struct group *g, struct epoch *e)
     }
     if (e->closed) {
         e->ended = true;
-        send_u64s(g, e->stream, FRAME_END, e->seq, e->count, true);
+        send_end(g, e);
     }
+}
+
+/* While all sync points go on as soon as their bytes are copied here, whole small epochs may wait a moment for more:
+ * the remote then takes several at the price of one. */
+static bool can_gather(const struct group *g)
+{
+    uint64_t bytes = 0;
+    for (const struct waiter *w = g->waiters; w; w = w->next)
+        if (w->ack != CONTROL_ACK_ASYNC || w->kind != WAIT_SYNC)
+            return false;
+    for (const struct epoch *e = g->queue; e; e = e->next) {
+        if (e->begun && !e->ended)
+            return false;
+        bytes += e->ended ? 0 : e->bytes;
+    }
+    return bytes && bytes < GATHER_BYTES;
 }
 
 void group_pump(struct group *g)
 {
     if (g->link->state != LINK_UP || g->compare || now_of(g) < g->retry_at)
         return;
+    if (g->all_async && !g->gathered && can_gather(g)) {
+        local_gather(g->link->local);
+        return;
+    }
+    g->gathered = false;
     for (struct epoch *e = g->queue; e; e = e->next) {
         if (e->ended && e->stream != g->stream)
             return; /* from before a merge: its acknowledgement first */

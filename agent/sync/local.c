@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #define TICK_MS 50u
+#define GATHER_MS 2u
 #define LINGER_MS 3000u
 #define DRAIN_MS 10000u
 
@@ -150,7 +151,24 @@ static void stop_step(struct local *l, uint64_t now)
         l->phase = 3;
         uv_close((uv_handle_t *)&l->listener, handle_closed);
         uv_close((uv_handle_t *)&l->tick, handle_closed);
+        uv_close((uv_handle_t *)&l->gather, handle_closed);
     }
+}
+
+static void gather_over(uv_timer_t *t)
+{
+    struct local *l = t->data;
+    for (struct link *k = l->links; k; k = k->next)
+        for (struct group *g = k->groups; g; g = g->next) {
+            g->gathered = true;
+            group_pump(g);
+        }
+}
+
+void local_gather(struct local *l)
+{
+    if (!uv_is_active((uv_handle_t *)&l->gather))
+        uv_timer_start(&l->gather, gather_over, GATHER_MS, 0);
 }
 
 static void tick(uv_timer_t *t)
@@ -270,7 +288,9 @@ int local_start(struct local **out, uv_loop_t *loop, const char *socket_path, bo
     uv_timer_init(loop, &l->tick);
     l->tick.data = l;
     uv_timer_start(&l->tick, tick, TICK_MS, TICK_MS);
-    l->handles_open = 2;
+    uv_timer_init(loop, &l->gather);
+    l->gather.data = l;
+    l->handles_open = 3;
     *out = l;
     return 0;
 }

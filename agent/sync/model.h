@@ -40,7 +40,7 @@
 struct local {
     uv_loop_t *loop;
     uv_poll_t listener;
-    uv_timer_t tick;
+    uv_timer_t tick, gather;
     int listen_fd, lock_fd;
     unsigned handles_open; /* of the loop, ours, to wait for when closing */
     bool linger, stopping;
@@ -228,6 +228,8 @@ struct group {
     bool compare;            /* the link was lost: what of the queue was committed is to be found out */
     struct op *ops;
     struct waiter *waiters;
+    bool all_async; /* the last sync point asked for no more than a copy here */
+    bool gathered;  /* the moment for more epochs to come together is over */
     bool wanted;   /* a capture without a waiter is due */
     bool due;      /* one is due by the clock alone */
     bool tainted;  /* a sync point was let go while content was read: look once more before the commit */
@@ -269,6 +271,9 @@ struct naming {
 };
 void naming_take(struct program *p, const struct control_name *m);
 void naming_after_death(struct program *p);
+
+/* local.c */
+void local_gather(struct local *l); /* groups hold epochs back for a moment (group_pump) */
 
 /* region.c */
 struct link *link_find(struct local *l, const char *address);

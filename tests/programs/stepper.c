@@ -58,7 +58,7 @@ static int step(char what, uint64_t a, uint64_t b, uint64_t c, uint64_t *took)
         fill(map + a, b, c);
         return 0;
     case 'r':
-        for (uint64_t i = 0, x = b | 1; i < a; i++) {
+        for (uint64_t i = 0, x = 2 * b + 1; i < a; i++) {
             x = x * 6364136223846793005u + 1442695040888963407u;
             fill(word, sizeof word, x);
             memcpy(map + (x >> 20) % (size / PAGE) * PAGE + 128, word, sizeof word);

@@ -462,6 +462,24 @@ static void epoch_commits(void **state)
 
 /* After a failed epoch its rest is dropped (and credited: more comes than a window), and the next one that continues
  * the region is taken. */
+/* A byte more in END: DURABLE is all the client hears of the epoch. Without it RECEIVED would be the next frame. */
+static void quiet_end(void **state)
+{
+    (void)state;
+    struct client *c = client("c");
+    uint64_t fence = created(c, 1, "quiet", 1, 0);
+    uint8_t p[17] = {0};
+    begin(c, 2, 2);
+    region(c, 2, 1, 2, fence, 65536);
+    pages(c, 2, 1, 0, 4096, 7);
+    put_u64(p, 2);
+    put_u64(p + 8, 2);
+    p[16] = 1;
+    send_bytes(c, 2, FRAME_END, p, 17);
+    expect_seq(c, 2, FRAME_DURABLE, 2);
+    client_end(c);
+}
+
 static void failed_epoch_is_dropped(void **state)
 {
     (void)state;
@@ -953,6 +971,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         BOTH(epoch_commits),
+        BOTH(quiet_end),
         BOTH(failed_epoch_is_dropped),
         BOTH(counted_wrongly),
         BOTH(aborted),
