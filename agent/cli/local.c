@@ -265,7 +265,7 @@ int local_ended(struct local_agent *l)
     int rc;
     while (!(rc = next(l, message, &len, -1)))
         if (control_type_of(message, len) == CONTROL_RESULT && !control_text_get(message, len, &r) && r.code) {
-            cli_say("the agent on %s does not stop: %s", l->socket, *r.text ? r.text : strerror(-r.code));
+            cli_say("the agent on %s: %s", l->socket, *r.text ? r.text : strerror(-r.code));
             return r.code;
         }
     if (rc != -ECONNRESET)

@@ -138,7 +138,7 @@ void link_tick(struct link *k, uint64_t now)
             link_broken(k, "MEMSYNC_REMOTE takes HOST:PORT, unix:PATH or file:DIR here; other stores are not built");
         return;
     }
-    if (k->state == LINK_DOWN && !k->local->stopping && now >= k->retry_at)
+    if (k->state == LINK_DOWN && !k->local->phase && now >= k->retry_at)
         dial(k);
     if (k->conn) {
         uint64_t moved = conn_bytes_out(k->conn) + k->bytes_out;

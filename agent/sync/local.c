@@ -136,14 +136,19 @@ static bool links_closed(struct local *l)
 
 static void stop_step(struct local *l, uint64_t now)
 {
-    if (l->phase == 0 && (all_acknowledged(l) || now >= l->stop_by))
+    if (l->phase == 0 && (all_acknowledged(l) || now >= l->stop_by)) {
         l->phase = 1;
+        l->behind = !all_acknowledged(l);
+    }
     if (l->phase == 1 && links_closed(l)) {
         l->phase = 2;
         for (struct program *p = l->programs, *next; p; p = next) {
             next = p->next;
             if (p->tool)
-                program_send_text(p, CONTROL_RESULT, 0, "");
+                program_send_text(
+                    p, CONTROL_RESULT, l->behind ? -EAGAIN : 0,
+                    "it leaves with changes that a remote has not acknowledged; they stay in the files, and are "
+                    "compared and sent when a program opens those again");
             program_gone(p);
         }
     }

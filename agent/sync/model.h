@@ -44,7 +44,8 @@ struct local {
     int listen_fd, lock_fd;
     unsigned handles_open; /* of the loop, ours, to wait for when closing */
     bool linger, stopping;
-    int phase; /* of stopping */
+    int phase;   /* of stopping */
+    bool behind; /* the time for it was not enough */
     uint64_t idle_since, stop_by;
     char *socket_path;
     char host[256];
