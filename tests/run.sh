@@ -47,7 +47,7 @@ add_unit() {
 }
 for what in "${@:-unit}" $([ $# = 0 ] && echo programs faults); do
     case $what in
-    unit) add_unit ;;
+    unit) add_unit && add_folder unit ;;
     programs | faults | interop | fuzz | vm) add_folder "$what" ;;
     long)
         export TEST_ROUNDS=200
