@@ -24,8 +24,8 @@ static int by_number(const void *a, const void *b)
 
 int main(int argc, char **argv)
 {
-    if (argc != 5) {
-        fprintf(stderr, "usage: rewrite FILE SIZE TIMES ROUNDS\n");
+    if (argc != 6) {
+        fprintf(stderr, "usage: rewrite FILE SIZE TIMES ROUNDS PAUSE\n");
         return 2;
     }
     size_t size = (size_t)atoll(argv[2]);
@@ -36,6 +36,7 @@ int main(int argc, char **argv)
     uint64_t *stores = calloc((size_t)rounds, sizeof *stores), *all = calloc((size_t)rounds, sizeof *all);
     if (map == MAP_FAILED || !stores || !all)
         return 3;
+    useconds_t pause = (useconds_t)atoi(argv[5]) * 1000;
     for (int round = -1; round < rounds; round++) { /* the first warms up */
         uint64_t start = now_us();
         for (int i = 0; i < times; i++)
@@ -48,6 +49,7 @@ int main(int argc, char **argv)
             stores[round] = stored - start;
             all[round] = now_us() - start;
         }
+        usleep(pause);
     }
     qsort(stores, (size_t)rounds, sizeof *stores, by_number);
     qsort(all, (size_t)rounds, sizeof *all, by_number);
