@@ -18,7 +18,6 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #define ROOM_MARGIN (64u << 20)
 #define ZERO_STEP (16u << 20)
@@ -253,51 +252,5 @@ int apply_reserve(struct store *s, struct store_txn *t, uint64_t unapplied, char
                  ops->dir(s->volume) ? ops->dir(s->volume) : "the store", (unsigned long long)t->data, strerror(-err),
                  (unsigned long long)space);
     }
-    return err;
-}
-
-/* The page as the file has it, with the delta's blocks: is it what the writer has? */
-static int verify_delta(void *arg, struct part *p, const struct frame_extent *e)
-{
-    struct store *s = arg;
-    struct frame_delta d = frame_delta_of(e);
-    struct frame_extent run;
-    XXH128_canonical_t sum;
-    uint8_t page[FRAME_PAGE];
-    size_t have = 0;
-    if (p->created || e->offset + e->len > p->size)
-        return -EBADMSG;
-    pthread_rwlock_rdlock(&p->r->lock);
-    int fd = p->r->fd;
-    pthread_rwlock_unlock(&p->r->lock);
-    if (fd < 0) {
-        pthread_rwlock_wrlock(&p->r->lock);
-        fd = region_open(s, p->r, false);
-        pthread_rwlock_unlock(&p->r->lock);
-    }
-    while (fd >= 0 && have < sizeof page) {
-        ssize_t n = pread(fd, page + have, sizeof page - have, (off_t)(e->offset + have));
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            return -errno;
-        if (!n)
-            break;
-        have += (size_t)n;
-    }
-    memset(page + have, 0, sizeof page - have);
-    for (uint32_t at = 0; frame_delta_run(e, &at, &run);)
-        memcpy(page + (run.offset - e->offset), run.data, run.len);
-    XXH128_canonicalFromHash(&sum, XXH3_128bits(page, sizeof page));
-    return fd < 0 ? fd : memcmp(&sum, d.hash, sizeof sum) ? -EBADMSG : 0;
-}
-
-int apply_verify(struct store *s, struct store_txn *t, char error[STORE_ERROR])
-{
-    int err = t->deltas ? txn_pages(t, PAGES_DELTAS, verify_delta, s) : 0;
-    if (err == -EBADMSG)
-        snprintf(error, STORE_ERROR, "a changed page does not come out as its writer has it: whole pages are needed");
-    else if (err)
-        snprintf(error, STORE_ERROR, "a changed page cannot be checked: %s", strerror(-err));
     return err;
 }

@@ -231,6 +231,7 @@ static bool blocked(const struct store *s, const struct store_txn *t, const stru
 struct batch {
     struct store *s;
     struct store_txn *txns[BATCH_MAX];
+    size_t deltas;  /* up to and with the last one that has deltas */
     size_t n, good; /* good: how many of them got room */
     uint64_t pos, len, unapplied;
     int err;       /* of txns[good] */
@@ -239,19 +240,39 @@ struct batch {
     char error[STORE_ERROR];
 };
 
+static bool share_region(const struct store_txn *t, const struct store_txn *o)
+{
+    for (size_t i = 0; i < t->parts_len; i++)
+        for (size_t k = 0; k < o->parts_len; k++)
+            if (t->parts[i]->r == o->parts[k]->r)
+                return true;
+    return false;
+}
+
+/* Whether a later one of the batch may have deltas of what this one writes. */
+static bool is_base(const struct batch *b, size_t of)
+{
+    for (size_t i = of + 1; i < b->deltas; i++)
+        if (b->txns[i]->deltas && share_region(b->txns[i], b->txns[of]))
+            return true;
+    return false;
+}
+
 static void batch_work(void *arg)
 {
     struct batch *b = arg;
     struct store *s = b->s;
     uint64_t unapplied = b->unapplied;
+    struct bases *bases = b->deltas ? bases_new() : NULL;
     for (; b->good < b->n && !b->err; b->good++) {
-        b->err = apply_verify(s, b->txns[b->good], b->error);
+        b->err = apply_verify(s, bases, b->txns[b->good], is_base(b, b->good), b->error);
         if (!b->err)
             b->err = apply_reserve(s, b->txns[b->good], unapplied, b->error);
         if (b->err)
             break;
         unapplied += b->txns[b->good]->data;
     }
+    bases_free(bases);
     if (b->good && s->volume->ops->lasting)
         b->write_err = journal_write(&s->journal, b->pos, b->txns, b->good, &b->len, &b->unsynced);
 }
@@ -342,23 +363,14 @@ static void binding_look(const struct store *s, struct binding *b)
     b->fresh = b->look && !b->name->durable && !b->name->pending;
 }
 
-static bool share_region(const struct store_txn *t, const struct store_txn *o)
-{
-    for (size_t i = 0; i < t->parts_len; i++)
-        for (size_t k = 0; k < o->parts_len; k++)
-            if (t->parts[i]->r == o->parts[k]->r)
-                return true;
-    return false;
-}
-
-/* Deltas are checked against files: all that comes before must be in them. */
+/* Deltas are checked against files: all that comes before must be in them, or be easily laid over them. */
 static bool base_missing(const struct store *s, const struct batch *b, const struct store_txn *t)
 {
     for (const struct store_txn *o = s->applying.first; o && t->deltas; o = o->next)
         if (share_region(t, o))
             return true;
     for (size_t i = 0; i < b->n && t->deltas; i++)
-        if (share_region(t, b->txns[i]))
+        if (share_region(t, b->txns[i]) && !bases_simple(b->txns[i]))
             return true;
     return false;
 }
@@ -395,6 +407,8 @@ static void batch_start(struct store *s)
             binding_look(s, &t->bindings[i]);
         body += len;
         b->txns[b->n++] = t;
+        if (t->deltas)
+            b->deltas = b->n;
     }
     s->queue = rest;
     if (b->n && s->volume->ops->lasting)

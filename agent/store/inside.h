@@ -127,7 +127,8 @@ struct store_txn {
     uint64_t spill; /* number of its spill file, 0: none */
     int spill_fd;
     uint64_t spill_len;
-    bool deltas; /* some pages rest on what the epoch before left */
+    uint64_t zeros; /* bytes of zeros extents */
+    bool deltas;    /* some pages rest on what the epoch before left */
     bool spilling, large, ready, aborted;
     bool removing; /* by store_remove: no lease is asked for */
     int err;
@@ -272,8 +273,8 @@ struct store_txn *txns_pop(struct txns *q);
 void store_credits(struct store *s);
 /* Pages of a transaction in their order, spilled ones first; each extent clipped to the part's size. Stops at the first
  * non-zero return. */
-/* DELTAS: these alone, as they came. Else they are given as the DATA that they change. */
-enum pages_view { PAGES_AS_THEY_CAME, PAGES_CLIPPED, PAGES_DELTAS };
+/* RAW: deltas, too, as they came. Else they are given as the DATA that they change; CLIPPED: to the region's size. */
+enum pages_view { PAGES_WHOLE, PAGES_CLIPPED, PAGES_RAW };
 typedef int pages_each(void *arg, struct part *p, const struct frame_extent *e);
 int txn_pages(struct store_txn *t, enum pages_view view, pages_each *each, void *arg);
 int frame_extents(struct part *p, const void *payload, size_t len, enum pages_view view, pages_each *each, void *arg);
@@ -303,8 +304,12 @@ struct pinned {
     size_t len;
 };
 int apply_reserve(struct store *s, struct store_txn *t, uint64_t unapplied, char error[STORE_ERROR]);
-/* Its deltas against the files, in which everything before it has been applied. */
-int apply_verify(struct store *s, struct store_txn *t, char error[STORE_ERROR]);
+/* Deltas against their bases: what the files have, with the transactions of the batch before over it. One struct a batch, its transactions in their order. */
+struct bases;
+struct bases *bases_new(void);
+void bases_free(struct bases *b);
+bool bases_simple(const struct store_txn *t); /* it can be laid over a page: others must be in the files first */
+int apply_verify(struct store *s, struct bases *b, struct store_txn *t, bool more, char error[STORE_ERROR]);
 int apply_txn(struct store *s, struct store_txn *t, const struct pinned *pinned);
 int name_apply(struct store *s, const char *name, uint64_t file); /* file 0: the name is no more */
 int file_zero(int fd, uint64_t len, uint64_t offset);

@@ -79,7 +79,7 @@ static int spill_direct(struct store *s, struct part *p, const struct buf *b)
     pthread_rwlock_wrlock(&p->r->lock);
     int fd = region_open(s, p->r, true);
     pthread_rwlock_unlock(&p->r->lock);
-    return fd < 0 ? fd : frame_extents(p, b->data, b->len, PAGES_AS_THEY_CAME, direct_extent, &fd);
+    return fd < 0 ? fd : frame_extents(p, b->data, b->len, PAGES_WHOLE, direct_extent, &fd);
 }
 
 static void spill_work(void *arg)

@@ -270,8 +270,10 @@ static int add_pages(struct store_txn *t, struct buf *b, char error[STORE_ERROR]
     if (frame_pages_get(b->data, b->len, &pages))
         return refuse(t, -EPROTO, error, "malformed PAGES");
     struct frame_pages all = pages;
-    for (struct frame_extent e; frame_pages_next(&all, &e);)
+    for (struct frame_extent e; frame_pages_next(&all, &e);) {
         t->deltas |= e.kind == FRAME_PAGES_DELTA;
+        t->zeros += e.kind == FRAME_PAGES_ZEROS ? e.len : 0;
+    }
     int i = slot_at(t, pages.handle);
     if ((size_t)i >= t->slots_len || t->slots[i].handle != pages.handle || t->slots[i].part < 0 ||
         !t->parts[t->slots[i].part]->stated)
@@ -332,8 +334,8 @@ int frame_extents(struct part *p, const void *payload, size_t len, enum pages_vi
     while (!err && frame_pages_next(&pages, &e)) {
         bool delta = e.kind == FRAME_PAGES_DELTA;
         uint32_t at = 0;
-        if (view == PAGES_DELTAS)
-            err = delta ? each(arg, p, &e) : 0;
+        if (view == PAGES_RAW)
+            err = each(arg, p, &e);
         else if (!delta)
             err = clipped(p, &e, view == PAGES_CLIPPED, each, arg);
         else

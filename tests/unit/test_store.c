@@ -186,6 +186,41 @@ static void deltas_are_checked_before_they_count(void **state)
     assert_int_equal(kit_write(k, 0, 4, 3 * FRAME_PAGE, 'w'), 0);
 }
 
+/* Epochs that come while one is being committed go together: each delta's base is then in memory only. The last one is
+ * wrong and fails alone. */
+static void deltas_of_one_batch_build_on_each_other(void **state)
+{
+    struct kit *k = *state;
+    uint8_t page[FRAME_PAGE];
+    struct told told[5] = {0};
+    kit_attach(k, 0, "r");
+    assert_int_equal(kit_write(k, 0, 1, 2 * FRAME_PAGE, 'x'), 0);
+    memset(page, 'x', sizeof page);
+    for (int i = 0; i < 5; i++) {
+        struct store_txn *t = kit_txn(k);
+        uint64_t at = (uint64_t)i * FRAME_DELTA_BLOCK;
+        assert_int_equal(kit_region(k, t, 0, (uint64_t)i + 2, UINT64_MAX, 2 * FRAME_PAGE), 0);
+        if (i < 4)
+            memset(page + at, 'a' + i, FRAME_DELTA_BLOCK);
+        if (i == 2)
+            assert_int_equal(kit_pages(k, t, 0, at, FRAME_DELTA_BLOCK, 'a' + i), 0);
+        else
+            assert_int_equal(kit_delta(k, t, 0, 0, 1u << i, (uint8_t)('a' + i), page), 0);
+        store_txn_commit(t, kit_durable, &told[i]);
+    }
+    while (!told[4].calls || !told[3].calls)
+        uv_run(&k->loop, UV_RUN_ONCE);
+    for (int i = 0; i < 4; i++)
+        assert_int_equal(told[i].err, 0);
+    assert_int_equal(told[4].err, -EBADMSG);
+    for (int i = 0; i < 2; i++) {
+        for (int b = 0; b < 4; b++)
+            assert_int_equal(kit_byte(k, "r", (uint64_t)b * FRAME_DELTA_BLOCK + 5), 'a' + b);
+        assert_int_equal(kit_byte(k, "r", 4 * FRAME_DELTA_BLOCK), 'x');
+        again(k);
+    }
+}
+
 static void rename_replaces(void **state)
 {
     struct kit *k = *state;
@@ -476,6 +511,7 @@ int main(void)
         BOTH(lowest_size_cuts),
         BOTH(zeros_and_clipping),
         BOTH(deltas_are_checked_before_they_count),
+        BOTH(deltas_of_one_batch_build_on_each_other),
         BOTH(rename_replaces),
         BOTH(unlink_and_create_anew),
         BOTH(created_and_gone_in_one_epoch),
