@@ -14,7 +14,8 @@
 #define SCRATCH (512u << 10)
 #define RACY_NS 50000000       /* a file's time stamps tell a change only when older than the clock's tick by far */
 #define SMALL_PASS (16u << 20) /* what is read while degraded programs are made to wait once */
-#define SCAN_RETRY_MS 20u      /* a dying program is soon seen to be gone */
+#define EXTENTS_MANY 4096u
+#define SCAN_RETRY_MS 20u           /* a dying program is soon seen to be gone */
 #define AT_ONCE_MAPPED (128u << 20) /* scanned in some 60 us, and */
 #define AT_ONCE_READ (128u << 10)   /* read in as much: then the loop does it itself */
 #define AT_ONCE_PARTS 16u
@@ -453,6 +454,8 @@ static void give_back(struct capture *c, bool hashes_wrong)
         struct part *p = &c->parts[i];
         extents_move(&p->body->dirty, &p->found);
         extents_move(&p->body->dirty, &p->todo);
+        if (p->body->dirty.count > EXTENTS_MANY) /* looked at again and again while the remote is away */
+            extents_settle(&p->body->dirty, INT64_MAX);
         if (p->min_size < p->body->min_size)
             p->body->min_size = p->min_size;
         if (p->cut < p->from_size && p->cut < p->body->min_size)

@@ -16,6 +16,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <time.h>
 
 #define GATHER_BYTES (256u << 10)
 #define RETRY_MS 500u
@@ -189,6 +190,7 @@ void group_degrade(struct group *g, const char *format, ...)
     if (!g->degraded) {
         g->degraded = true;
         g->degraded_since = now_of(g);
+        g->degraded_at = (int64_t)time(NULL);
     }
     if (!g->said) {
         g->said = true;
@@ -282,7 +284,8 @@ void group_kick(struct group *g)
         enum capture_kind kind = g->wanted ? CAPTURE_PUBLISH : CAPTURE_CLOCK;
         g->wanted = g->due = false;
         capture_start(g, kind);
-    } else if (scan) {
+    } else if (scan || (g->due && g->degraded)) { /* by the clock: so that it can be said how much is behind */
+        g->due = false;
         capture_start(g, CAPTURE_SCAN);
     }
 }
@@ -341,6 +344,7 @@ struct group *group_merge(struct group *a, struct group *b)
     if (b->degraded && !a->degraded) {
         a->degraded = true;
         a->degraded_since = b->degraded_since;
+        a->degraded_at = b->degraded_at;
         a->said = b->said;
         memcpy(a->reason, b->reason, sizeof a->reason);
     }

@@ -269,13 +269,14 @@ static bool maps_in(const struct program *p, const struct group *g, uint64_t add
     return false;
 }
 
-/* The strictest acknowledgement that the program's rules ask for in the group. */
-static uint8_t ack_in(const struct program *p, const struct group *g)
+/* The strictest acknowledgement that rules ask for in the group: what a rename, sync() or the exit concerns need not be
+ * open any more. */
+static uint8_t ack_in(const struct group *g)
 {
     uint8_t ack = CONTROL_ACK_ASYNC;
-    for (const struct use *u = p->uses; u; u = u->next_program)
-        if (u->body->region && u->body->region->group == g && u->body->region->terms.ack < ack)
-            ack = u->body->region->terms.ack;
+    for (const struct region *r = g->regions; r; r = r->next_group)
+        if (r->terms.ack < ack)
+            ack = r->terms.ack;
     return ack;
 }
 
@@ -306,7 +307,7 @@ static int ask_groups(struct program *p, uint32_t slot, enum waiter_kind kind, b
             continue;
         }
         a->refs++;
-        uint8_t ack = ack_in(p, g);
+        uint8_t ack = ack_in(g);
         waiter_new(g, kind, a, p, ack, addr, len, scan_only);
     }
     if (a)

@@ -126,6 +126,7 @@ struct body {
     struct hashes published;
     int64_t stat_mtime, stat_ctime, stat_seen; /* ns; of the last look at a file found by hashing */
     struct watch *watch; /* once a use was found by events; NULL before, and where there can be none */
+    int64_t killed_at; /* seconds since 1970 */
     const char *tracker;
 };
 
@@ -238,8 +239,8 @@ struct group {
     bool said;     /* the line about it went out */
     uint64_t degraded_since, last_sync, retry_at, last_ack;
     uint32_t retry_ms;
+    int64_t degraded_at; /* seconds since 1970 */
     char reason[640];
-    unsigned programs;
 };
 
 /* program.c */

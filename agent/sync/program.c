@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 struct answer *answer_new(struct program *p, uint32_t slot)
@@ -260,6 +261,8 @@ void program_gone(struct program *p)
             b->unknown = b->killed = true;
         if (died && b->dirty.count)
             b->killed = true;
+        if (b->killed)
+            b->killed_at = (int64_t)time(NULL);
         use_end(u);
     }
     if (died)

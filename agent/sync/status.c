@@ -67,11 +67,18 @@ static void region(FILE *f, const struct local *l, const struct region *r)
     field(f, "state", region_state(r));
     field(f, "lineage", lineage);
     field(f, "tracker", b->tracker);
-    field(f, "reason", r->reason[0] ? r->reason : r->group->reason);
+    bool diverged = !strcmp(region_state(r), "diverged");
+    int64_t since = r->reason[0] ? r->since : r->group->degraded ? r->group->degraded_at : diverged ? b->killed_at : 0;
+    field(f, "reason",
+          r->reason[0] ? r->reason
+          : diverged
+              ? "its program died with stores that no sync point covered: the remote stays at its last epoch until a "
+                "program opens the file again, or `memsync sync`"
+              : r->group->reason);
     lag(f, l, r);
     fprintf(f, "\"epoch\":%llu,\"remote_epoch\":%llu,\"size\":%llu,\"programs\":%u,\"since\":%lld}",
             (unsigned long long)b->epoch, (unsigned long long)b->durable, (unsigned long long)b->size, programs,
-            (long long)r->since);
+            (long long)since);
 }
 
 char *status_json(struct local *l)
