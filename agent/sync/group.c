@@ -123,7 +123,7 @@ static void settle(struct group *g)
             waiter_free(at, -EIO);
         else if (w->captured && seq_done(g, w->seq, w->ack))
             waiter_free(at, 0);
-        else if (w->scanned && (w->scan_only || (g->degraded && w->loss != CONTROL_LOSS_BLOCK)))
+        else if (w->scanned && (w->scan_only || (maps && g->degraded && w->loss != CONTROL_LOSS_BLOCK)))
             waiter_free(at, 0);
         else if (none && (!maps || w->scanned || !g->regions))
             waiter_free(at, 0);
