@@ -40,7 +40,7 @@ struct part {
     uint64_t size, min_size;
     int64_t mtime, ctime, seen;
     struct program *failed; /* whose map could not be looked at */
-    int err; /* negative errno of the first map or file that could not be looked at */
+    int err;                /* negative errno of the first map or file that could not be looked at */
     /* the reading */
     struct extents todo;
     size_t extent;
@@ -66,7 +66,7 @@ struct capture {
     int err;
     struct epoch *epoch;
     struct op *ops; /* the group's, as of the first scan */
-    uint64_t began, scan_us, read_us, pages, bytes;
+    uint64_t scan_us, read_us, pages, bytes;
 };
 
 enum capture_kind { CAPTURE_PUBLISH, CAPTURE_CLOCK, CAPTURE_SCAN };
@@ -76,6 +76,9 @@ void capture_resume(struct capture *c); /* after PAUSED */
 /* The epoch it writes will not be: stop at the next step. */
 void capture_abort(struct capture *c);
 
+/* capture_job.c. Pool threads; arg is the capture. */
+void capture_scan(void *arg);
+void capture_read(void *arg);
 void marks_collect(struct marks *m, struct body *b); /* a program's last marks, as it goes */
 
 /* epoch.c */

@@ -5,10 +5,7 @@
  * its acknowledgement (time over, or the remote said no); then sync points are not held, dirty pages stay in the page
  * tables, and once the remote is back captures run in passes until one was not overtaken (capture.h). The first epoch
  * that becomes durable with nothing behind it ends the state.
- *
- * Continuity: after a lost link the regions are attached again, and their epoch numbers tell which of the queue was
- * committed. If the rest fits on, it is sent again; if not (the remote lost epochs, or an epoch was too large to be
- * kept), the queue is dropped and every body is compared by hashes. */
+ */
 #include "agent/sync/capture.h"
 #include "agent/base/log.h"
 
@@ -18,11 +15,7 @@
 #include <stdlib.h>
 #include <time.h>
 
-#define GATHER_BYTES (256u << 10)
-#define RETRY_MS 500u
-#define RETRY_MAX_MS 8000u
-
-static uint64_t now_of(const struct group *g)
+uint64_t group_now(const struct group *g)
 {
     return uv_now(g->link->local->loop);
 }
@@ -49,14 +42,6 @@ void group_add(struct group *g, struct region *r)
     r->group = g;
     r->next_group = g->regions;
     g->regions = r;
-}
-
-uint64_t group_queue_bytes(const struct group *g)
-{
-    uint64_t all = 0;
-    for (const struct epoch *e = g->queue; e; e = e->next)
-        all += e->kept ? e->bytes : 0;
-    return all;
 }
 
 static void waiter_free(struct waiter **at, int result)
@@ -113,7 +98,7 @@ static bool fenced(const struct group *g)
     return false;
 }
 
-static void settle(struct group *g)
+void group_settle(struct group *g)
 {
     bool none = !takes_part(g) && !g->capture, bad = fenced(g);
     for (struct waiter **at = &g->waiters; *at;) {
@@ -159,14 +144,14 @@ void waiter_new(struct group *g, enum waiter_kind kind, struct answer *a, const 
     }
     g->all_async = kind == WAIT_SYNC && ack == CONTROL_ACK_ASYNC;
     *w = (struct waiter){
-        .kind = kind, .answer = a, .ack = ack, .scan_only = scan_only, .addr = addr, .len = len, .since = now_of(g)};
+        .kind = kind, .answer = a, .ack = ack, .scan_only = scan_only, .addr = addr, .len = len, .since = group_now(g)};
     w->loss = p ? p->loss : CONTROL_LOSS_CONTINUE;
     w->timeout_ms = p ? p->timeout_ms : UINT64_MAX;
     struct waiter **at = &g->waiters;
     while (*at)
         at = &(*at)->next;
     *at = w;
-    g->last_sync = now_of(g);
+    g->last_sync = group_now(g);
     if (g->degraded && kind == WAIT_SYNC && w->loss != CONTROL_LOSS_BLOCK && !last_pass(g))
         let_go(g, at);
     group_kick(g);
@@ -189,7 +174,7 @@ void group_degrade(struct group *g, const char *format, ...)
     va_end(ap);
     if (!g->degraded) {
         g->degraded = true;
-        g->degraded_since = now_of(g);
+        g->degraded_since = group_now(g);
         g->degraded_at = (int64_t)time(NULL);
     }
     if (!g->said) {
@@ -209,7 +194,7 @@ void group_degrade(struct group *g, const char *format, ...)
     group_kick(g);
 }
 
-static void recover(struct group *g)
+void group_recover(struct group *g)
 {
     if ((!g->degraded && !g->said) || g->queue || g->capture)
         return;
@@ -275,10 +260,10 @@ void group_kick(struct group *g)
     bool scan;
     if (merge_due(g) || g->capture)
         return;
-    settle(g);
+    group_settle(g);
     if (!wants(g, &scan))
         return;
-    bool can = ready(g) && !g->compare && now_of(g) >= g->retry_at && group_queue_bytes(g) <= GROUP_KEEP &&
+    bool can = ready(g) && !g->compare && group_now(g) >= g->retry_at && group_queue_bytes(g) <= GROUP_KEEP &&
                !(g->degraded && g->link->state != LINK_UP) && !g->link->broken;
     if (can) {
         enum capture_kind kind = g->wanted ? CAPTURE_PUBLISH : CAPTURE_CLOCK;
@@ -296,8 +281,8 @@ void group_captured(struct group *g)
         if (!w->captured)
             w->assigned = false;
     group_pump(g);
-    settle(g);
-    recover(g);
+    group_settle(g);
+    group_recover(g);
     group_kick(g);
 }
 
@@ -368,328 +353,14 @@ void group_op(struct group *g, uint8_t kind, struct region *region, struct regio
     g->wanted = true;
 }
 
-/* ---- sending ---- */
-
-static void send_begin(struct group *g, const struct epoch *e)
-{
-    struct buf *buf = buf_new(8);
-    if (!buf)
-        return;
-    put_u64(buf->data, e->seq);
-    buf->len = 8;
-    conn_send(g->link->conn, e->stream, FRAME_BEGIN, buf);
-}
-
-/* Whether somebody goes on when the epoch has been received: else it is not worth an answer. */
-static bool received_matters(const struct group *g)
-{
-    for (const struct waiter *w = g->waiters; w; w = w->next)
-        if (w->ack == CONTROL_ACK_RECEIVED)
-            return true;
-    return false;
-}
-
-static void send_end(struct group *g, const struct epoch *e)
-{
-    struct buf *buf = buf_new(17);
-    if (!buf)
-        return;
-    put_u64(buf->data, e->seq);
-    put_u64(buf->data + 8, e->count);
-    buf->data[16] = 1;
-    buf->len = received_matters(g) ? 16 : 17;
-    conn_send(g->link->conn, e->stream, FRAME_END, buf);
-}
-
-/* Its fence may have changed since the frame was made: the lease was given anew. */
-static struct buf *fenced_now(const struct epoch *e, struct buf *old)
-{
-    struct frame_region f;
-    if (frame_region_get(old->data, old->len, &f))
-        return old;
-    for (size_t i = 0; i < e->ntouched; i++)
-        if (e->touched[i].region->handle == f.handle)
-            f.fence = e->touched[i].region->fence;
-    struct buf *b = buf_new(64);
-    if (!b)
-        return old;
-    b->len = (uint32_t)frame_region_put(b->data, b->cap, &f);
-    buf_drop(old);
-    return b;
-}
-
-static void epoch_send(struct group *g, struct epoch *e)
-{
-    struct conn *c = g->link->conn;
-    if (!e->count)
-        return; /* nothing has changed yet, and perhaps nothing will have */
-    if (!e->begun) {
-        e->begun = true;
-        e->stream = g->stream;
-        send_begin(g, e);
-    }
-    conn_set_priority(c, e->stream, e->bytes > (1u << 20) ? CONN_BULK : CONN_NORMAL);
-    for (; e->sent < e->count; e->sent++) {
-        struct item *i = &e->items[e->sent];
-        if (i->type == FRAME_REGION)
-            i->payload = fenced_now(e, i->payload);
-        conn_send(c, e->stream, i->type, buf_hold(i->payload));
-    }
-    for (size_t n = e->count; !e->kept && n && e->items[n - 1].payload; n--) {
-        buf_drop(e->items[n - 1].payload);
-        e->items[n - 1].payload = NULL;
-    }
-    if (e->closed) {
-        e->ended = true;
-        send_end(g, e);
-    }
-}
-
-/* While all sync points go on as soon as their bytes are copied here, whole small epochs may wait a moment for more:
- * the remote then takes several at the price of one. */
-static bool can_gather(const struct group *g)
-{
-    uint64_t bytes = 0;
-    for (const struct waiter *w = g->waiters; w; w = w->next)
-        if (w->ack != CONTROL_ACK_ASYNC || w->kind != WAIT_SYNC)
-            return false;
-    for (const struct epoch *e = g->queue; e; e = e->next) {
-        if (e->begun && !e->ended)
-            return false;
-        bytes += e->ended ? 0 : e->bytes;
-    }
-    return bytes && bytes < GATHER_BYTES;
-}
-
-void group_pump(struct group *g)
-{
-    if (g->link->state != LINK_UP || g->compare || now_of(g) < g->retry_at)
-        return;
-    if (g->all_async && !g->gathered && can_gather(g)) {
-        local_gather(g->link->local);
-        return;
-    }
-    g->gathered = false;
-    for (struct epoch *e = g->queue; e; e = e->next) {
-        if (e->ended && e->stream != g->stream)
-            return; /* from before a merge: its acknowledgement first */
-        if (!e->ended && !(g->capture && g->capture->aborted && g->capture->epoch == e))
-            epoch_send(g, e);
-        if (!e->ended)
-            return;
-    }
-}
-
-void group_drained(struct group *g)
+void group_step(struct group *g)
 {
     group_pump(g);
-    if (g->capture)
-        capture_resume(g->capture);
-}
-
-void group_received(struct group *g, uint64_t seq)
-{
-    for (struct epoch *e = g->queue; e; e = e->next)
-        if (e->seq == seq)
-            e->received = true;
-    g->last_ack = now_of(g);
-    settle(g);
-}
-
-static void pop_durable(struct group *g)
-{
-    struct epoch *e = g->queue;
-    g->queue = e->next;
-    for (size_t i = 0; i < e->ntouched; i++)
-        if (e->touched[i].number > e->touched[i].body->durable)
-            e->touched[i].body->durable = e->touched[i].number;
-    epoch_free(e);
-}
-
-void group_durable(struct group *g, uint64_t seq)
-{
-    while (g->queue && g->queue->seq <= seq && g->queue->closed)
-        pop_durable(g);
-    g->last_ack = now_of(g);
-    g->retry_ms = 0;
-    group_pump(g);
-    settle(g);
-    recover(g);
+    group_settle(g);
+    group_recover(g);
     if (g->capture)
         capture_resume(g->capture);
     group_kick(g);
-}
-
-/* ---- when it goes wrong ---- */
-
-/* Nothing of the queue can be used: the remote is asked what it has, and all is compared. */
-static void resync(struct group *g)
-{
-    for (struct epoch **at = &g->queue; *at;) {
-        struct epoch *e = *at;
-        if (g->capture && g->capture->epoch == e) {
-            at = &e->next;
-            continue;
-        }
-        *at = e->next;
-        epoch_free(e);
-    }
-    for (struct waiter *w = g->waiters; w; w = w->next)
-        if (w->captured)
-            w->captured = w->assigned = false;
-    for (struct region *r = g->regions; r; r = r->next_group) {
-        if (!r->body || !region_takes_part(r))
-            continue;
-        r->body->unknown = r->body->refetch = true;
-        r->attach = r->attach == ATTACH_HASHING ? r->attach : ATTACH_LOOSE;
-    }
-    g->compare = false;
-    g->wanted = true;
-    if (g->capture)
-        capture_abort(g->capture);
-    if (g->link->state == LINK_UP)
-        group_link_up(g);
-}
-
-static void send_again(struct group *g)
-{
-    bool whole = true;
-    for (struct epoch *e = g->queue; e; e = e->next) {
-        whole &= e->kept;
-        e->begun = e->ended = e->received = false;
-        e->sent = 0;
-    }
-    if (!whole)
-        resync(g);
-}
-
-void group_link_lost(struct group *g, const char *why)
-{
-    (void)why;
-    for (struct region *r = g->regions; r; r = r->next_group)
-        if (r->attach != ATTACH_REFUSED && r->attach != ATTACH_FENCED)
-            r->attach = ATTACH_LOOSE;
-    g->compare = true;
-    send_again(g);
-}
-
-void group_link_up(struct group *g)
-{
-    for (struct region *r = g->regions; r; r = r->next_group)
-        if (r->attach == ATTACH_LOOSE && (r->body || r->held_before || r->doomed) &&
-            uv_now(g->link->local->loop) >= r->retry_at)
-            link_attach(r);
-    group_check(g);
-}
-
-/* The remote's epoch of a body, by lineage; 0 when it has none. */
-static uint64_t there_epoch(const struct group *g, const struct body *b)
-{
-    for (const struct region *r = g->regions; r; r = r->next_group)
-        if (r->there.status == FRAME_ATTACH_EXISTS && id_same(&r->there.lineage, &b->lineage))
-            return r->there.epoch;
-    return 0;
-}
-
-static bool committed(const struct group *g, const struct epoch *e)
-{
-    if (!e->closed || !e->ntouched)
-        return false;
-    uint64_t there = there_epoch(g, e->touched[0].body);
-    return e->touched[0].number ? there >= e->touched[0].number : !there;
-}
-
-static bool continues(const struct group *g)
-{
-    for (const struct region *r = g->regions; r; r = r->next_group) {
-        if (!r->body || !region_takes_part(r) || r->body->refetch || id_none(&r->body->lineage))
-            continue;
-        uint64_t next = there_epoch(g, r->body);
-        for (const struct epoch *e = g->queue; e; e = e->next)
-            for (size_t i = 0; i < e->ntouched; i++)
-                if (e->touched[i].body == r->body && e->touched[i].number && e->touched[i].number != ++next)
-                    return false;
-        if (next != r->body->epoch)
-            return false;
-    }
-    return true;
-}
-
-void group_check(struct group *g)
-{
-    if (g->link->state != LINK_UP)
-        return;
-    for (struct region *r = g->regions; r; r = r->next_group)
-        if (region_takes_part(r) && (r->attach == ATTACH_ASKED || (r->body && r->attach != ATTACH_DONE)))
-            return;
-    if (g->compare) {
-        g->compare = false;
-        while (g->queue && committed(g, g->queue))
-            pop_durable(g);
-        if (!continues(g)) {
-            log_info("%s: the remote's epochs do not continue ours: comparing by hashes", g->link->address);
-            resync(g);
-            return;
-        }
-        for (struct region *r = g->regions; r; r = r->next_group)
-            if (!r->body && r->there.status == FRAME_ATTACH_EXISTS && !id_none(&r->last) &&
-                id_same(&r->there.lineage, &r->last) && !g->queue) {
-                struct body *gone = body_new(-1, 0, (struct source){0, 0});
-                if (gone) {
-                    gone->lineage = r->last;
-                    group_op(g, FRAME_OP_UNLINK, r, NULL, gone);
-                    r->vacant = true;
-                    body_drop(gone);
-                }
-            }
-    }
-    group_pump(g);
-    settle(g);
-    recover(g);
-    if (g->capture)
-        capture_resume(g->capture);
-    group_kick(g);
-}
-
-static void again_later(struct group *g)
-{
-    g->retry_ms = !g->retry_ms ? RETRY_MS : g->retry_ms * 2 > RETRY_MAX_MS ? RETRY_MAX_MS : g->retry_ms * 2;
-    g->retry_at = now_of(g) + g->retry_ms;
-    conn_forget(g->link->conn, g->stream);
-    g->stream = ++g->link->next_stream;
-    for (struct region *r = g->regions; r; r = r->next_group)
-        if (region_takes_part(r) && r->attach == ATTACH_DONE) {
-            r->attach = ATTACH_LOOSE;
-            r->retry_at = g->retry_at;
-        }
-    g->compare = true;
-    g->wanted = true;
-    send_again(g);
-}
-
-/* An epoch was refused. All after it on the stream are, too: their answers, of a stream we gave up, find no epoch. */
-void group_failed(struct group *g, uint64_t seq, uint16_t code, const char *text)
-{
-    bool ours = false;
-    for (struct epoch *e = g->queue; e; e = e->next)
-        ours |= e->seq == seq && e->begun && e->stream == g->stream;
-    if (!ours)
-        return;
-    log_info("%s: epoch %llu refused: %s", g->link->address, (unsigned long long)seq, text);
-    if (code == FRAME_E_FENCED) {
-        for (struct region *r = g->regions; r; r = r->next_group)
-            if (r->body && region_takes_part(r)) {
-                r->attach = ATTACH_LOOSE; /* asking again tells who holds it now */
-                r->retry_at = 0;
-            }
-        again_later(g);
-        return;
-    }
-    again_later(g);
-    if (code == FRAME_E_DELTA)
-        resync(g); /* the queue's deltas rest on a page that is not what we took it for */
-    else if (code != FRAME_E_LINEAGE)
-        group_degrade(g, "the remote cannot commit: %s", text);
 }
 
 /* ---- time ---- */

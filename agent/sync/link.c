@@ -194,7 +194,7 @@ static void link_closed(void *owner, int err, const char *why)
     fetches_drop(k);
     for (struct group *g = k->groups, *next; g; g = next) {
         next = g->next;
-        group_link_lost(g, k->reason);
+        group_link_lost(g);
     }
 }
 

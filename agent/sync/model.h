@@ -126,7 +126,7 @@ struct body {
     struct hashes published;
     int64_t stat_mtime, stat_ctime, stat_seen; /* ns; of the last look at a file found by hashing */
     struct watch *watch; /* once a use was found by events; NULL before, and where there can be none */
-    int64_t killed_at; /* seconds since 1970 */
+    int64_t killed_at;   /* seconds since 1970 */
     const char *tracker;
 };
 
@@ -232,11 +232,11 @@ struct group {
     struct waiter *waiters;
     bool all_async; /* the last sync point asked for no more than a copy here */
     bool gathered;  /* the moment for more epochs to come together is over */
-    bool wanted;   /* a capture without a waiter is due */
-    bool due;      /* one is due by the clock alone */
-    bool tainted;  /* a sync point was let go while content was read: look once more before the commit */
-    bool degraded; /* sync points are not held */
-    bool said;     /* the line about it went out */
+    bool wanted;    /* a capture without a waiter is due */
+    bool due;       /* one is due by the clock alone */
+    bool tainted;   /* a sync point was let go while content was read: look once more before the commit */
+    bool degraded;  /* sync points are not held */
+    bool said;      /* the line about it went out */
     uint64_t degraded_since, last_sync, retry_at, last_ack;
     uint32_t retry_ms;
     int64_t degraded_at; /* seconds since 1970 */
@@ -300,19 +300,15 @@ void link_fetch(struct region *r);
 void link_stop(struct link *k);
 
 /* group.c */
+uint64_t group_now(const struct group *g);
+void group_settle(struct group *g);  /* answers whom it can */
+void group_recover(struct group *g); /* ends the degraded state when nothing is behind */
+void group_step(struct group *g);    /* something has changed: whatever can go on goes on */
 struct group *group_of(struct link *k, const char *name);
 void group_add(struct group *g, struct region *r);
 struct group *group_merge(struct group *a, struct group *b);
 void group_kick(struct group *g);
 void group_tick(struct group *g, uint64_t now);
-void group_link_up(struct group *g);
-void group_check(struct group *g); /* a region's way to the remote has gone a step */
-uint64_t group_queue_bytes(const struct group *g);
-void group_link_lost(struct group *g, const char *why);
-void group_received(struct group *g, uint64_t seq);
-void group_durable(struct group *g, uint64_t seq);
-void group_failed(struct group *g, uint64_t seq, uint16_t code, const char *text);
-void group_drained(struct group *g);
 void group_op(struct group *g, uint8_t kind, struct region *region, struct region *to, struct body *body);
 void group_degrade(struct group *g, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void group_forget_program(struct group *g, const struct program *p);
@@ -320,7 +316,20 @@ void waiter_new(struct group *g, enum waiter_kind kind, struct answer *a, const 
                 uint64_t addr, uint64_t len, bool scan_only);
 void group_free(struct group *g); /* at the very end */
 void group_captured(struct group *g);
-void group_pump(struct group *g);
+
+/* send.c */
+void group_pump(struct group *g); /* gives the connection what can go now */
+void group_drained(struct group *g);
+void group_received(struct group *g, uint64_t seq);
+void group_durable(struct group *g, uint64_t seq);
+void group_pop_durable(struct group *g);
+uint64_t group_queue_bytes(const struct group *g); /* kept in memory */
+
+/* continuity.c */
+void group_link_up(struct group *g);
+void group_link_lost(struct group *g);
+void group_check(struct group *g); /* a region's way to the remote has gone a step */
+void group_failed(struct group *g, uint64_t seq, uint16_t code, const char *text);
 
 /* status.c: a JSON text, malloc'ed */
 char *status_json(struct local *l);

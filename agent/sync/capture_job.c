@@ -1,0 +1,278 @@
+/* What a capture does on a thread of the pool: look at page tables, marks and files (scan), then read, compare and
+ * encode a slice of what may have changed. It touches the capture, its parts and what they hold, and of the bodies only
+ * `published` and `fd` (capture.h). */
+#include "agent/sync/capture.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#define SLICE_READ (4u << 20) /* bytes that one job looks at, and */
+#define SLICE_OUT 48u         /* frames it makes, at most */
+#define SCRATCH (512u << 10)
+#define DELTA_BLOCKS_MAX 20 /* of 32: beyond, a whole page is hardly longer */
+#define RACY_NS 50000000    /* a file's time stamps tell a change only when older than the clock's tick by far */
+
+static uint64_t now_us(void)
+{
+    return uv_hrtime() / 1000;
+}
+
+/* ---- scan ---- */
+
+static void take_marks(struct marks *m, struct part *p)
+{
+    uint64_t low = __atomic_exchange_n(&m->min_size, UINT64_MAX, __ATOMIC_SEQ_CST);
+    if (low < p->min_size)
+        p->min_size = low;
+    if (__atomic_exchange_n(&m->all, 0, __ATOMIC_SEQ_CST))
+        p->everything = true;
+    if (__atomic_exchange_n(&m->beyond, 0, __ATOMIC_SEQ_CST))
+        extents_add(&p->found, (uint64_t)MARKS_WORDS * 64 * MARKS_PAGE, UINT64_MAX / 2);
+    for (uint64_t s = 0; s < MARKS_SUMMARY; s++) {
+        if (!__atomic_load_n(&m->summary[s], __ATOMIC_RELAXED))
+            continue;
+        uint64_t words = __atomic_exchange_n(&m->summary[s], 0, __ATOMIC_SEQ_CST);
+        for (; words; words &= words - 1) {
+            uint64_t word = s * 64 + (uint64_t)__builtin_ctzll(words);
+            uint64_t bits = __atomic_exchange_n(&m->pages[word], 0, __ATOMIC_SEQ_CST);
+            for (; bits; bits &= bits - 1) {
+                uint64_t page = word * 64 + (uint64_t)__builtin_ctzll(bits);
+                extents_add(&p->found, page * MARKS_PAGE, (page + 1) * MARKS_PAGE);
+            }
+        }
+    }
+}
+
+void marks_collect(struct marks *m, struct body *b)
+{
+    struct part p = {.body = b, .min_size = b->min_size};
+    take_marks(m, &p);
+    b->min_size = p.min_size;
+    b->unknown |= p.everything;
+    extents_move(&b->dirty, &p.found);
+    extents_free(&p.found);
+}
+
+static int64_t ns_of(struct timespec t)
+{
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* A file found by its content need not be read while its time stamps stand and are old enough to be believed. */
+static bool stamps_stand(const struct body *b, const struct part *p)
+{
+    return p->mtime == b->stat_mtime && p->ctime == b->stat_ctime && p->size == b->size &&
+           b->stat_seen - b->stat_ctime > RACY_NS;
+}
+
+static void scan_part(struct part *p)
+{
+    struct stat st;
+    struct timespec t;
+    for (size_t i = 0; i < p->nmarks; i++)
+        take_marks(p->marks[i], p);
+    clock_gettime(CLOCK_REALTIME, &t);
+    p->seen = ns_of(t);
+    if (fstat(p->body->fd, &st) < 0) {
+        p->err = -errno;
+        return;
+    }
+    p->size = (uint64_t)st.st_size;
+    p->mtime = ns_of(st.st_mtim);
+    p->ctime = ns_of(st.st_ctim);
+    struct track_file file = {p->body->fd, p->size, &p->body->published, p->glance, p->watch && watch_take(p->watch)};
+    for (size_t i = 0; i < p->nmaps && !p->err; i++)
+        if ((p->err = track_collect(&p->maps[i], &file, &p->found)))
+            p->failed = p->owners[i];
+    if (file.events || (p->by_hash && !stamps_stand(p->body, p)))
+        p->everything = true;
+    if (p->everything && !p->err)
+        p->err = track_everything(&file, &p->found);
+}
+
+void capture_scan(void *arg)
+{
+    struct capture *c = arg;
+    uint64_t from = now_us();
+    for (size_t i = 0; i < c->nparts; i++)
+        scan_part(&c->parts[i]);
+    c->scan_us += now_us() - from;
+}
+
+/* ---- read ---- */
+
+struct builder {
+    struct capture *c;
+    struct part *part;
+    struct frame_extent e[FRAME_PAGES_ENTRIES];
+    uint32_t count;
+    uint32_t bytes;
+    uint8_t data[FRAME_DATA_MAX];
+};
+
+static void builder_flush(struct builder *b)
+{
+    if (!b->count)
+        return;
+    size_t table = FRAME_PAGES_HEAD + (size_t)b->count * FRAME_PAGES_ENTRY;
+    struct buf *buf = buf_new(table + b->bytes);
+    if (!buf) {
+        b->c->err = -ENOMEM;
+        return;
+    }
+    frame_pages_put(buf->data, table, b->part->handle, b->e, b->count);
+    memcpy(buf->data + table, b->data, b->bytes);
+    buf->len = (uint32_t)table + b->bytes;
+    buf->hash = frame_payload_hash(buf->data, buf->len);
+    buf->hashed = 1;
+    b->c->out_part[b->c->nout] = b->part;
+    b->c->out[b->c->nout++] = (struct item){FRAME_PAGES, buf};
+    b->count = b->bytes = 0;
+}
+
+static void builder_add(struct builder *b, const struct frame_extent *e, const void *data, uint32_t bytes)
+{
+    size_t table = FRAME_PAGES_HEAD + (size_t)(b->count + 1) * FRAME_PAGES_ENTRY;
+    if (b->count == FRAME_PAGES_ENTRIES || b->bytes + bytes > FRAME_DATA_MAX ||
+        table + b->bytes + bytes > FRAME_PAYLOAD_MAX)
+        builder_flush(b);
+    b->e[b->count++] = *e;
+    if (bytes)
+        memcpy(b->data + b->bytes, data, bytes);
+    b->bytes += bytes;
+}
+
+static void builder_page(struct builder *b, uint64_t offset, uint32_t len, const uint8_t *page, bool zeros)
+{
+    uint32_t data = zeros ? 0 : len, kind = zeros ? FRAME_PAGES_ZEROS : FRAME_PAGES_DATA;
+    struct frame_extent *last = b->count ? &b->e[b->count - 1] : NULL;
+    if (last && last->offset + last->len == offset && last->kind == kind && last->len < (1u << 30) &&
+        b->bytes + data <= FRAME_DATA_MAX) {
+        last->len += len;
+        if (data)
+            memcpy(b->data + b->bytes, page, data);
+        b->bytes += data;
+        return;
+    }
+    builder_add(b, &(struct frame_extent){.offset = offset, .len = len, .kind = kind}, page, data);
+}
+
+/* A page of which few blocks changed since the last epoch. */
+static bool builder_delta(struct builder *b, uint64_t offset, const uint8_t *page, struct page_hash h, uint32_t mask)
+{
+    uint8_t delta[FRAME_DELTA_HEAD + DELTA_BLOCKS_MAX * FRAME_DELTA_BLOCK];
+    if (!mask || __builtin_popcount(mask) > DELTA_BLOCKS_MAX)
+        return false;
+    put_u64(delta, h.hi);
+    put_u64(delta + 8, h.lo);
+    put_u32(delta + 16, mask);
+    uint32_t len = FRAME_DELTA_HEAD;
+    for (; mask; mask &= mask - 1, len += FRAME_DELTA_BLOCK)
+        memcpy(delta + len, page + (size_t)__builtin_ctz(mask) * FRAME_DELTA_BLOCK, FRAME_DELTA_BLOCK);
+    builder_add(b, &(struct frame_extent){.offset = offset, .len = PAGE, .kind = FRAME_PAGES_DELTA}, delta, len);
+    return true;
+}
+
+/* A delta's base is what the epoch before left: so not for a page that was nothing then, and not in an epoch's later
+ * pass, where the page may have been sent already. */
+static void send_page(struct builder *b, uint64_t offset, const uint8_t *data, struct page_hash h)
+{
+    struct hashes *published = &b->part->body->published;
+    uint64_t page = offset / PAGE, left = b->part->size - offset;
+    struct page_hash old = hashes_get(published, page);
+    bool zeros = !h.lo && !h.hi, based = (old.lo || old.hi) && !page_hash_same(old, HASH_UNKNOWN);
+    uint32_t mask = 0;
+    if (left >= PAGE && !zeros)
+        mask = hashes_blocks(published, page, data);
+    else
+        hashes_forget_blocks(published, page);
+    hashes_set(published, page, h);
+    b->c->pages++;
+    if (based && b->c->pass == 1 && builder_delta(b, offset, data, h, mask))
+        return;
+    builder_page(b, offset, left < PAGE ? (uint32_t)left : PAGE, data, zeros);
+}
+
+/* Everything at hand is compared with what was published; what differs goes out and counts as published. */
+static void read_run(struct builder *b, uint8_t *scratch, uint64_t offset, size_t len)
+{
+    struct part *p = b->part;
+    size_t have = 0;
+    size_t want = p->size - offset < len ? (size_t)(p->size - offset) : len;
+    while (have < want) {
+        ssize_t n = pread(p->body->fd, scratch + have, want - have, (off_t)(offset + have));
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0) {
+            b->c->err = -errno;
+            return;
+        }
+        if (!n)
+            break; /* cut while we read: the next capture is told */
+        have += (size_t)n;
+    }
+    memset(scratch + have, 0, len - have);
+    for (size_t at = 0; at < len && !b->c->err; at += PAGE) {
+        uint64_t page = (offset + at) / PAGE;
+        struct page_hash h = page_hash_of(scratch + at);
+        if (page_hash_same(h, hashes_get(&p->body->published, page)))
+            continue;
+        send_page(b, offset + at, scratch + at, h);
+    }
+}
+
+static void prepare_part(struct capture *c, struct part *p)
+{
+    p->prepared = true;
+    if (hashes_room(&p->body->published, (p->size + PAGE - 1) / PAGE))
+        c->err = -ENOMEM;
+    if (p->cut < p->from_size) {
+        hashes_cut(&p->body->published, p->cut);
+        extents_add(&p->todo, p->cut, p->cut + 1);
+    }
+    extents_settle(&p->todo, p->size);
+    if (p->todo.lost)
+        c->err = -ENOMEM;
+    p->at = p->todo.count ? p->todo.at[0].start : 0;
+}
+
+void capture_read(void *arg)
+{
+    struct capture *c = arg;
+    uint64_t from = now_us();
+    uint8_t *scratch = malloc(SCRATCH);
+    struct builder *b = malloc(sizeof *b);
+    size_t budget = SLICE_READ;
+    if (!scratch || !b)
+        c->err = -ENOMEM;
+    while (!c->err && budget && c->part < c->nparts && c->nout < SLICE_OUT) {
+        struct part *p = &c->parts[c->part];
+        if (!p->prepared)
+            prepare_part(c, p);
+        b->c = c;
+        b->part = p;
+        b->count = b->bytes = 0;
+        while (!c->err && budget && p->extent < p->todo.count && c->nout < SLICE_OUT) {
+            uint64_t end = p->todo.at[p->extent].end;
+            size_t len = end - p->at < SCRATCH ? (size_t)(end - p->at) : SCRATCH;
+            if (len > budget)
+                len = budget;
+            read_run(b, scratch, p->at, len);
+            budget -= len;
+            __atomic_store_n(&p->looked, p->looked + len, __ATOMIC_RELAXED);
+            p->at += len;
+            if (p->at == end && ++p->extent < p->todo.count)
+                p->at = p->todo.at[p->extent].start;
+        }
+        if (!c->err)
+            builder_flush(b);
+        if (p->extent >= p->todo.count)
+            c->part++;
+    }
+    free(scratch);
+    free(b);
+    c->read_us += now_us() - from;
+}
