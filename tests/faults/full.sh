@@ -7,7 +7,9 @@
 [ "${1:?a case, or list}" = list ] && { printf 'continue\nfail\nfirst_attach\n'; exit 0; }
 if [ -z "${IN_NAMESPACE:-}" ]; then
     requires_root "a small file system of its own"
-    IN_NAMESPACE=1 unshare -m bash "$0" "$1"
+    private=(-m)
+    unshare -m true 2>/dev/null || private+=(--propagation unchanged) # a chroot's root is no mount to be made private
+    IN_NAMESPACE=1 unshare "${private[@]}" bash "$0" "$1"
     exit
 fi
 mkdir -p "$STORE"
