@@ -128,9 +128,10 @@ static void let_go(struct group *g, struct waiter **at)
     waiter_free(at, result);
 }
 
+/* What is left to read is little: one more wait of the programs ends their running ahead of the remote. */
 static bool last_pass(const struct group *g)
 {
-    return g->capture && g->capture->final && g->capture->phase != CAPTURE_SCANNING;
+    return g->capture && g->capture->final;
 }
 
 void waiter_new(struct group *g, enum waiter_kind kind, struct answer *a, const struct program *p, uint8_t ack,
