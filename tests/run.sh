@@ -87,7 +87,7 @@ report() {
     77)
         skipped=$((skipped + 1))
         printf 'skip  %-60s %s\n' "${names[$1]}" "$(grep -h SKIP "$out/$1.log" | tail -n 1)"
-        [ "${CI:-}" = true ] && failures+=("${names[$1]} (skipped under CI)")
+        # What skips for want of a package fails by itself under CI (lib.sh); what is left wants a kernel or a machine that this is not.
         ;;
     *)
         failed=$((failed + 1))
