@@ -4,8 +4,7 @@
  * A group is in order while its queue drains. It is `degraded` from the moment a sync point had to be let go without
  * its acknowledgement (time over, or the remote said no); then sync points are not held, dirty pages stay in the page
  * tables, and once the remote is back captures run in passes until one was not overtaken (capture.h). The first epoch
- * that becomes durable with nothing behind it ends the state.
- */
+ * that becomes durable with nothing behind it ends the state. */
 #include "agent/sync/capture.h"
 #include "agent/base/log.h"
 
@@ -197,14 +196,17 @@ void group_degrade(struct group *g, const char *format, ...)
 
 void group_recover(struct group *g)
 {
-    if ((!g->degraded && !g->said) || g->queue || g->capture)
+    if ((!g->degraded && !g->said) || g->queue || g->capture || g->link->state != LINK_UP || g->compare)
         return;
-    for (struct region *r = g->regions; r; r = r->next_group)
+    bool all = true; /* not so when a region was refused or fenced meanwhile, which was said */
+    for (struct region *r = g->regions; r; r = r->next_group) {
         if (r->body && region_takes_part(r) && (r->body->unknown || r->body->dirty.count))
             return;
+        all &= !r->body || region_takes_part(r);
+    }
     g->degraded = false;
     g->retry_ms = 0;
-    if (g->said)
+    if (g->said && all)
         group_notice(g, "%s: caught up: the remote has everything again", g->link->address);
     g->said = false;
     g->reason[0] = 0;

@@ -239,22 +239,20 @@ static void first_answer(struct region *r)
 static void later_answer(struct region *r)
 {
     struct body *b = r->body;
-    bool same = r->there.status == FRAME_ATTACH_EXISTS && id_same(&r->there.lineage, &b->lineage);
+    bool exists = r->there.status == FRAME_ATTACH_EXISTS, ours = id_same(&r->there.writer, &r->link->local->identity);
     if (!b->refetch) {
         r->attach = ATTACH_DONE;
-    } else if (same && !id_same(&r->there.writer, &r->link->local->identity)) {
+    } else if (exists && !ours) {
         region_reason(r,
                       "fenced: region %s at %s was written by another host meanwhile; what this program stores is no "
                       "longer replicated",
                       r->name, r->link->address);
         refuse(r, ATTACH_FENCED);
-    } else if (same) {
+    } else if (exists && id_same(&r->there.lineage, &b->lineage)) {
         b->refetch = false;
         compare(r);
-    } else if (r->there.status == FRAME_ATTACH_NONE || id_same(&r->there.writer, &r->link->local->identity)) {
-        region_create(r);
     } else {
-        first_answer(r);
+        region_create(r);
     }
 }
 
