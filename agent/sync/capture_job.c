@@ -1,7 +1,7 @@
-/* What a capture does on a thread of the pool: look at page tables, marks and files (scan), then read, compare and
- * encode a slice of what may have changed. It touches the capture, its parts and what they hold, and of the bodies only
+/* What a capture does on a thread of the pool: look at page tables, marks and files (scan), then read and compare
+ * a slice of what may have changed. It touches the capture, its parts and what they hold, and of the bodies only
  * `published` and `fd` (capture.h). */
-#include "agent/sync/capture.h"
+#include "agent/sync/encode.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -12,7 +12,6 @@
 #define SLICE_READ (4u << 20) /* bytes that one job looks at, and */
 #define SLICE_OUT 48u         /* frames it makes, at most */
 #define SCRATCH (512u << 10)
-#define DELTA_BLOCKS_MAX 20 /* of 32: beyond, a whole page is hardly longer */
 #define RACY_NS 50000000    /* a file's time stamps tell a change only when older than the clock's tick by far */
 
 static uint64_t now_us(void)
@@ -104,102 +103,10 @@ void capture_scan(void *arg)
 
 /* ---- read ---- */
 
-struct builder {
-    struct capture *c;
-    struct part *part;
-    struct frame_extent e[FRAME_PAGES_ENTRIES];
-    uint32_t count;
-    uint32_t bytes;
-    uint8_t data[FRAME_DATA_MAX];
-};
-
-static void builder_flush(struct builder *b)
-{
-    if (!b->count)
-        return;
-    size_t table = FRAME_PAGES_HEAD + (size_t)b->count * FRAME_PAGES_ENTRY;
-    struct buf *buf = buf_new(table + b->bytes);
-    if (!buf) {
-        b->c->err = -ENOMEM;
-        return;
-    }
-    frame_pages_put(buf->data, table, b->part->handle, b->e, b->count);
-    memcpy(buf->data + table, b->data, b->bytes);
-    buf->len = (uint32_t)table + b->bytes;
-    buf->hash = frame_payload_hash(buf->data, buf->len);
-    buf->hashed = 1;
-    b->c->out_part[b->c->nout] = b->part;
-    b->c->out[b->c->nout++] = (struct item){FRAME_PAGES, buf};
-    b->count = b->bytes = 0;
-}
-
-static void builder_add(struct builder *b, const struct frame_extent *e, const void *data, uint32_t bytes)
-{
-    size_t table = FRAME_PAGES_HEAD + (size_t)(b->count + 1) * FRAME_PAGES_ENTRY;
-    if (b->count == FRAME_PAGES_ENTRIES || b->bytes + bytes > FRAME_DATA_MAX ||
-        table + b->bytes + bytes > FRAME_PAYLOAD_MAX)
-        builder_flush(b);
-    b->e[b->count++] = *e;
-    if (bytes)
-        memcpy(b->data + b->bytes, data, bytes);
-    b->bytes += bytes;
-}
-
-static void builder_page(struct builder *b, uint64_t offset, uint32_t len, const uint8_t *page, bool zeros)
-{
-    uint32_t data = zeros ? 0 : len, kind = zeros ? FRAME_PAGES_ZEROS : FRAME_PAGES_DATA;
-    struct frame_extent *last = b->count ? &b->e[b->count - 1] : NULL;
-    if (last && last->offset + last->len == offset && last->kind == kind && last->len < (1u << 30) &&
-        b->bytes + data <= FRAME_DATA_MAX) {
-        last->len += len;
-        if (data)
-            memcpy(b->data + b->bytes, page, data);
-        b->bytes += data;
-        return;
-    }
-    builder_add(b, &(struct frame_extent){.offset = offset, .len = len, .kind = kind}, page, data);
-}
-
-/* A page of which few blocks changed since the last epoch. */
-static bool builder_delta(struct builder *b, uint64_t offset, const uint8_t *page, struct page_hash h, uint32_t mask)
-{
-    uint8_t delta[FRAME_DELTA_HEAD + DELTA_BLOCKS_MAX * FRAME_DELTA_BLOCK];
-    if (!mask || __builtin_popcount(mask) > DELTA_BLOCKS_MAX)
-        return false;
-    put_u64(delta, h.hi);
-    put_u64(delta + 8, h.lo);
-    put_u32(delta + 16, mask);
-    uint32_t len = FRAME_DELTA_HEAD;
-    for (; mask; mask &= mask - 1, len += FRAME_DELTA_BLOCK)
-        memcpy(delta + len, page + (size_t)__builtin_ctz(mask) * FRAME_DELTA_BLOCK, FRAME_DELTA_BLOCK);
-    builder_add(b, &(struct frame_extent){.offset = offset, .len = PAGE, .kind = FRAME_PAGES_DELTA}, delta, len);
-    return true;
-}
-
-/* A delta's base is what the epoch before left: so not for a page that was nothing then, and not in an epoch's later
- * pass, where the page may have been sent already. */
-static void send_page(struct builder *b, uint64_t offset, const uint8_t *data, struct page_hash h)
-{
-    struct hashes *published = &b->part->body->published;
-    uint64_t page = offset / PAGE, left = b->part->size - offset;
-    struct page_hash old = hashes_get(published, page);
-    bool zeros = !h.lo && !h.hi, based = (old.lo || old.hi) && !page_hash_same(old, HASH_UNKNOWN);
-    uint32_t mask = 0;
-    if (left >= PAGE && !zeros)
-        mask = hashes_blocks(published, page, data);
-    else
-        hashes_forget_blocks(published, page);
-    hashes_set(published, page, h);
-    b->c->pages++;
-    if (based && b->c->pass == 1 && builder_delta(b, offset, data, h, mask))
-        return;
-    builder_page(b, offset, left < PAGE ? (uint32_t)left : PAGE, data, zeros);
-}
-
 /* Everything at hand is compared with what was published; what differs goes out and counts as published. */
-static void read_run(struct builder *b, uint8_t *scratch, uint64_t offset, size_t len)
+static void read_run(struct capture *c, struct encoder *b, uint8_t *scratch, uint64_t offset, size_t len)
 {
-    struct part *p = b->part;
+    struct part *p = &c->parts[c->part];
     size_t have = 0;
     size_t want = p->size - offset < len ? (size_t)(p->size - offset) : len;
     while (have < want) {
@@ -207,7 +114,7 @@ static void read_run(struct builder *b, uint8_t *scratch, uint64_t offset, size_
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0) {
-            b->c->err = -errno;
+            c->err = -errno;
             return;
         }
         if (!n)
@@ -215,12 +122,12 @@ static void read_run(struct builder *b, uint8_t *scratch, uint64_t offset, size_
         have += (size_t)n;
     }
     memset(scratch + have, 0, len - have);
-    for (size_t at = 0; at < len && !b->c->err; at += PAGE) {
+    for (size_t at = 0; at < len && !c->err; at += PAGE) {
         uint64_t page = (offset + at) / PAGE;
         struct page_hash h = page_hash_of(scratch + at);
         if (page_hash_same(h, hashes_get(&p->body->published, page)))
             continue;
-        send_page(b, offset + at, scratch + at, h);
+        encode_page(b, offset + at, scratch + at, h);
     }
 }
 
@@ -244,7 +151,7 @@ void capture_read(void *arg)
     struct capture *c = arg;
     uint64_t from = now_us();
     uint8_t *scratch = malloc(SCRATCH);
-    struct builder *b = malloc(sizeof *b);
+    struct encoder *b = encoder_new(c);
     size_t budget = SLICE_READ;
     if (!scratch || !b)
         c->err = -ENOMEM;
@@ -252,15 +159,13 @@ void capture_read(void *arg)
         struct part *p = &c->parts[c->part];
         if (!p->prepared)
             prepare_part(c, p);
-        b->c = c;
-        b->part = p;
-        b->count = b->bytes = 0;
+        encode_part(b, p);
         while (!c->err && budget && p->extent < p->todo.count && c->nout < SLICE_OUT) {
             uint64_t end = p->todo.at[p->extent].end;
             size_t len = end - p->at < SCRATCH ? (size_t)(end - p->at) : SCRATCH;
             if (len > budget)
                 len = budget;
-            read_run(b, scratch, p->at, len);
+            read_run(c, b, scratch, p->at, len);
             budget -= len;
             __atomic_store_n(&p->looked, p->looked + len, __ATOMIC_RELAXED);
             p->at += len;
@@ -268,11 +173,11 @@ void capture_read(void *arg)
                 p->at = p->todo.at[p->extent].start;
         }
         if (!c->err)
-            builder_flush(b);
+            encode_flush(b);
         if (p->extent >= p->todo.count)
             c->part++;
     }
     free(scratch);
-    free(b);
+    encoder_free(b);
     c->read_us += now_us() - from;
 }

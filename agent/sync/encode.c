@@ -1,0 +1,119 @@
+/* What of a capture goes out, as frames: pages that changed become extents of PAGES, as little of each as is enough, as
+ * many in one frame as fit. On the thread that reads (capture.h). */
+#include "agent/sync/encode.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#define DELTA_BLOCKS_MAX 20 /* of 32: beyond, a whole page is hardly longer */
+
+struct encoder {
+    struct capture *c;
+    struct part *part;
+    struct frame_extent e[FRAME_PAGES_ENTRIES];
+    uint32_t count;
+    uint32_t bytes;
+    uint8_t data[FRAME_DATA_MAX];
+};
+
+struct encoder *encoder_new(struct capture *c)
+{
+    struct encoder *b = malloc(sizeof *b);
+    if (b)
+        b->c = c;
+    return b;
+}
+
+void encoder_free(struct encoder *b)
+{
+    free(b);
+}
+
+void encode_part(struct encoder *b, struct part *part)
+{
+    b->part = part;
+    b->count = b->bytes = 0;
+}
+
+void encode_flush(struct encoder *b)
+{
+    if (!b->count)
+        return;
+    size_t table = FRAME_PAGES_HEAD + (size_t)b->count * FRAME_PAGES_ENTRY;
+    struct buf *buf = buf_new(table + b->bytes);
+    if (!buf) {
+        b->c->err = -ENOMEM;
+        return;
+    }
+    frame_pages_put(buf->data, table, b->part->handle, b->e, b->count);
+    memcpy(buf->data + table, b->data, b->bytes);
+    buf->len = (uint32_t)table + b->bytes;
+    buf->hash = frame_payload_hash(buf->data, buf->len);
+    buf->hashed = 1;
+    b->c->out_part[b->c->nout] = b->part;
+    b->c->out[b->c->nout++] = (struct item){FRAME_PAGES, buf};
+    b->count = b->bytes = 0;
+}
+
+static void encoder_add(struct encoder *b, const struct frame_extent *e, const void *data, uint32_t bytes)
+{
+    size_t table = FRAME_PAGES_HEAD + (size_t)(b->count + 1) * FRAME_PAGES_ENTRY;
+    if (b->count == FRAME_PAGES_ENTRIES || b->bytes + bytes > FRAME_DATA_MAX ||
+        table + b->bytes + bytes > FRAME_PAYLOAD_MAX)
+        encode_flush(b);
+    b->e[b->count++] = *e;
+    if (bytes)
+        memcpy(b->data + b->bytes, data, bytes);
+    b->bytes += bytes;
+}
+
+static void encoder_page(struct encoder *b, uint64_t offset, uint32_t len, const uint8_t *page, bool zeros)
+{
+    uint32_t data = zeros ? 0 : len, kind = zeros ? FRAME_PAGES_ZEROS : FRAME_PAGES_DATA;
+    struct frame_extent *last = b->count ? &b->e[b->count - 1] : NULL;
+    if (last && last->offset + last->len == offset && last->kind == kind && last->len < (1u << 30) &&
+        b->bytes + data <= FRAME_DATA_MAX) {
+        last->len += len;
+        if (data)
+            memcpy(b->data + b->bytes, page, data);
+        b->bytes += data;
+        return;
+    }
+    encoder_add(b, &(struct frame_extent){.offset = offset, .len = len, .kind = kind}, page, data);
+}
+
+/* A page of which few blocks changed since the last epoch. */
+static bool encoder_delta(struct encoder *b, uint64_t offset, const uint8_t *page, struct page_hash h, uint32_t mask)
+{
+    uint8_t delta[FRAME_DELTA_HEAD + DELTA_BLOCKS_MAX * FRAME_DELTA_BLOCK];
+    if (!mask || __builtin_popcount(mask) > DELTA_BLOCKS_MAX)
+        return false;
+    put_u64(delta, h.hi);
+    put_u64(delta + 8, h.lo);
+    put_u32(delta + 16, mask);
+    uint32_t len = FRAME_DELTA_HEAD;
+    for (; mask; mask &= mask - 1, len += FRAME_DELTA_BLOCK)
+        memcpy(delta + len, page + (size_t)__builtin_ctz(mask) * FRAME_DELTA_BLOCK, FRAME_DELTA_BLOCK);
+    encoder_add(b, &(struct frame_extent){.offset = offset, .len = PAGE, .kind = FRAME_PAGES_DELTA}, delta, len);
+    return true;
+}
+
+/* A delta's base is what the epoch before left: so not for a page that was nothing then, and not in an epoch's later
+ * pass, where the page may have been sent already. */
+void encode_page(struct encoder *b, uint64_t offset, const uint8_t *data, struct page_hash h)
+{
+    struct hashes *published = &b->part->body->published;
+    uint64_t page = offset / PAGE, left = b->part->size - offset;
+    struct page_hash old = hashes_get(published, page);
+    bool zeros = !h.lo && !h.hi, based = (old.lo || old.hi) && !page_hash_same(old, HASH_UNKNOWN);
+    uint32_t mask = 0;
+    if (left >= PAGE && !zeros)
+        mask = hashes_blocks(published, page, data);
+    else
+        hashes_forget_blocks(published, page);
+    hashes_set(published, page, h);
+    b->c->pages++;
+    if (based && b->c->pass == 1 && encoder_delta(b, offset, data, h, mask))
+        return;
+    encoder_page(b, offset, left < PAGE ? (uint32_t)left : PAGE, data, zeros);
+}
