@@ -31,14 +31,14 @@ uint64_t frame_payload_hash(const void *payload, size_t len)
     return XXH3_64bits(payload, len);
 }
 
-void frame_header_put(uint8_t *to, uint8_t type, uint32_t stream, uint32_t len, uint64_t hash)
+void frame_header_put(uint8_t *to, uint8_t type, uint32_t stream, uint32_t order, uint32_t len, uint64_t hash)
 {
     put_u16(to, MAGIC);
     to[2] = type;
     to[3] = 0;
     put_u32(to + 4, len);
     put_u32(to + 8, stream);
-    put_u32(to + 12, 0);
+    put_u32(to + 12, order);
     put_u64(to + 16, XXH3_64bits_withSeed(to, 16, hash));
 }
 
@@ -46,8 +46,8 @@ int64_t frame_step(const uint8_t *at, size_t have, struct frame_header *h)
 {
     if (have < FRAME_HEADER)
         return 0;
-    *h = (struct frame_header){.type = at[2], .len = get_u32(at + 4), .stream = get_u32(at + 8), .checksum = get_u64(at + 16)};
-    if (get_u16(at) != MAGIC || !h->type || h->type >= FRAME_TYPES || at[3] || h->len > FRAME_PAYLOAD_MAX || get_u32(at + 12))
+    *h = (struct frame_header){.type = at[2], .len = get_u32(at + 4), .stream = get_u32(at + 8), .order = get_u32(at + 12), .checksum = get_u64(at + 16)};
+    if (get_u16(at) != MAGIC || !h->type || h->type >= FRAME_TYPES || at[3] || h->len > FRAME_PAYLOAD_MAX || (!h->stream && h->order))
         return -EPROTO;
     if (have - FRAME_HEADER < h->len)
         return 0;
@@ -72,16 +72,20 @@ size_t frame_hello_put(void *to, size_t cap, const struct frame_hello *h)
     wr_u16(&w, h->version);
     wr_copy(&w, h->identity.b, 16);
     wr_str(&w, h->host);
+    wr_copy(&w, h->token.b, 16);
     return put_end(&w);
 }
 
-/* Later versions may say more after the host: what is beyond is passed over, so that both can tell the other which version they speak. */
+/* Of other versions only what has always been there is looked at, so that both can tell the other which version they speak. */
 int frame_hello_get(const void *p, size_t len, struct frame_hello *h)
 {
     struct rd r = rd_over(p, len);
     h->version = rd_u16(&r);
     rd_copy(&r, h->identity.b, 16);
     rd_str(&r, h->host, sizeof h->host);
+    h->token = (struct id){{0}};
+    if (h->version == FRAME_VERSION)
+        rd_copy(&r, h->token.b, 16);
     return r.bad ? -EPROTO : 0;
 }
 
@@ -171,11 +175,31 @@ int frame_op_get(const void *p, size_t len, struct frame_op *o)
     return get_end(&r);
 }
 
+size_t frame_begin_put(void *to, size_t cap, const struct frame_begin *b)
+{
+    struct wr w = wr_over(to, cap);
+    wr_u64(&w, b->seq);
+    if (!id_none(&b->writer))
+        wr_copy(&w, b->writer.b, 16);
+    return put_end(&w);
+}
+
+int frame_begin_get(const void *p, size_t len, struct frame_begin *b)
+{
+    struct rd r = rd_over(p, len);
+    b->seq = rd_u64(&r);
+    b->writer = (struct id){{0}};
+    if (rd_left(&r))
+        rd_copy(&r, b->writer.b, 16);
+    return get_end(&r);
+}
+
 size_t frame_region_put(void *to, size_t cap, const struct frame_region *g)
 {
     struct wr w = wr_over(to, cap);
     wr_u32(&w, g->handle);
     wr_u64(&w, g->epoch);
+    wr_u64(&w, g->base);
     wr_u64(&w, g->fence);
     wr_u64(&w, g->min_size);
     wr_u64(&w, g->size);
@@ -187,10 +211,11 @@ int frame_region_get(const void *p, size_t len, struct frame_region *g)
     struct rd r = rd_over(p, len);
     g->handle = rd_u32(&r);
     g->epoch = rd_u64(&r);
+    g->base = rd_u64(&r);
     g->fence = rd_u64(&r);
     g->min_size = rd_u64(&r);
     g->size = rd_u64(&r);
-    return g->size > INT64_MAX || !g->epoch ? -EPROTO : get_end(&r);
+    return g->size > INT64_MAX || g->epoch <= g->base ? -EPROTO : get_end(&r);
 }
 
 int frame_pages_get(const void *p, size_t len, struct frame_pages *pages)
@@ -221,6 +246,14 @@ static const uint8_t *delta_take(struct rd *r)
     return mask ? rd_take(r, FRAME_DELTA_HEAD + (size_t)__builtin_popcount(mask) * FRAME_DELTA_BLOCK) : NULL;
 }
 
+static const uint8_t *copy_take(struct rd *r)
+{
+    if (rd_left(r) < FRAME_COPY_BYTES)
+        return NULL;
+    uint64_t source = get_u64(r->at);
+    return source % FRAME_PAGE || source > (uint64_t)INT64_MAX - FRAME_PAGE ? NULL : rd_take(r, FRAME_COPY_BYTES);
+}
+
 bool frame_pages_next(struct frame_pages *pages, struct frame_extent *e)
 {
     if (!rd_left(&pages->entries))
@@ -240,6 +273,9 @@ bool frame_pages_next(struct frame_pages *pages, struct frame_extent *e)
     case FRAME_PAGES_DELTA:
         e->data = e->len == FRAME_PAGE && !(e->offset % FRAME_PAGE) ? delta_take(&pages->data) : NULL;
         return e->data;
+    case FRAME_PAGES_COPY:
+        e->data = e->len == FRAME_PAGE && !(e->offset % FRAME_PAGE) ? copy_take(&pages->data) : NULL;
+        return e->data;
     default:
         return false;
     }
@@ -248,6 +284,19 @@ bool frame_pages_next(struct frame_pages *pages, struct frame_extent *e)
 struct frame_delta frame_delta_of(const struct frame_extent *e)
 {
     return (struct frame_delta){.hash = e->data, .mask = get_u32(e->data + 16), .blocks = e->data + FRAME_DELTA_HEAD};
+}
+
+struct frame_copy frame_copy_of(const struct frame_extent *e)
+{
+    return (struct frame_copy){.source = get_u64(e->data), .hash = e->data + 8};
+}
+
+uint32_t frame_packed_length(const void *p, size_t len)
+{
+    if (len <= FRAME_PACKED_HEAD)
+        return 0;
+    uint32_t length = get_u32(p);
+    return length > FRAME_PAYLOAD_MAX ? 0 : length;
 }
 
 bool frame_delta_run(const struct frame_extent *e, uint32_t *at, struct frame_extent *run)
@@ -366,6 +415,8 @@ size_t frame_hash_put(void *to, size_t cap, const struct frame_hash *h)
     wr_u32(&w, h->pin);
     wr_u64(&w, h->first);
     wr_u32(&w, h->count);
+    wr_u8(&w, h->level);
+    wr_u8(&w, h->fresh);
     return put_end(&w);
 }
 
@@ -376,6 +427,10 @@ int frame_hash_get(const void *p, size_t len, struct frame_hash *h)
     h->pin = rd_u32(&r);
     h->first = rd_u64(&r);
     h->count = rd_u32(&r);
+    h->level = rd_u8(&r);
+    h->fresh = rd_u8(&r);
+    if (h->level >= FRAME_HASH_LEVELS || h->fresh > 1)
+        return -EPROTO;
     if (!h->count || h->count > FRAME_HASHES_MAX || h->first > (uint64_t)INT64_MAX / FRAME_PAGE)
         return -EPROTO;
     return get_end(&r);

@@ -7,7 +7,7 @@
  *     3   u8   zero
  *     4   u32  payload length
  *     8   u32  stream
- *     12  u32  zero
+ *     12  u32  order: the frame's number on its stream, from 0, wrapping; on stream 0 always 0
  *     16  u64  checksum: XXH3-64 of bytes 0..15, seeded with the XXH3-64 of the payload
  *
  * Both sides send HELLO first, on stream 0. A wrong magic, checksum, length or order ends the connection: after such a fault nothing that follows can
@@ -30,7 +30,7 @@
 #define FRAME_DATA_MAX 61440u /* page bytes in one PAGES or DATA: 15 pages, so that tables fit beside them */
 #define FRAME_PAGE 4096u /* unit of hashes and deltas */
 #define FRAME_WINDOW (4u << 20)
-#define FRAME_VERSION 1u
+#define FRAME_VERSION 2u
 #define FRAME_TEXT_MAX 512u
 
 enum frame_type {
@@ -45,7 +45,7 @@ enum frame_type {
     FRAME_ATTACHED, /* struct frame_attached */
     FRAME_DETACH,   /* u32 handle: gives up the lease, when one is held */
 
-    FRAME_BEGIN,    /* u64 seq: an epoch opens on this stream; one at a time */
+    FRAME_BEGIN,    /* struct frame_begin: an epoch opens on this stream; one at a time */
     FRAME_OP,       /* struct frame_op */
     FRAME_REGION,   /* struct frame_region */
     FRAME_PAGES,    /* struct frame_pages */
@@ -63,14 +63,21 @@ enum frame_type {
     FRAME_READ,     /* u32 request, u32 pin, u64 offset, u32 length <= FRAME_DATA_MAX */
     FRAME_DATA,     /* u32 request, u8 kind (0 data, 1 zeros), u32 length, data unless zeros */
     FRAME_HASH,     /* struct frame_hash */
-    FRAME_HASHES,   /* u32 request, u32 count, count * 16 bytes: XXH3-128 (canonical) of each page, short last page as it is */
+    FRAME_HASHES,   /* u32 request, u32 count, count * FRAME_HASH_BYTES: see struct frame_hash */
     FRAME_UNPIN,    /* u32 pin */
     FRAME_REMOVE,   /* u32 request, str name, u8 force (take it although somebody holds its lease) */
     FRAME_OK,       /* u32 request */
+
+    FRAME_JOIN,     /* id token: first on a further socket of a connection, instead of HELLO */
+    FRAME_PACKED,   /* u32 length, an LZ4 block: unpacked, `length` bytes of a PAGES payload */
     FRAME_TYPES
 };
 
 #define FRAME_HASHES_MAX 4000u
+#define FRAME_HASH_BYTES 16u
+#define FRAME_HASH_FANOUT 16u
+#define FRAME_HASH_LEVELS 14u /* a node of the last covers any region */
+#define FRAME_PACKED_HEAD 4u
 
 /* Error codes of the wire; never the host's errno. */
 enum frame_code {
@@ -92,13 +99,13 @@ uint16_t frame_code_from(int err);   /* wire code for a negative errno */
 
 struct frame_header {
     uint8_t type;
-    uint32_t len, stream;
+    uint32_t len, stream, order;
     uint64_t checksum;
 };
 
 uint64_t frame_payload_hash(const void *payload, size_t len);
 /* Writes FRAME_HEADER bytes. `hash` is frame_payload_hash of the payload. */
-void frame_header_put(uint8_t *to, uint8_t type, uint32_t stream, uint32_t len, uint64_t hash);
+void frame_header_put(uint8_t *to, uint8_t type, uint32_t stream, uint32_t order, uint32_t len, uint64_t hash);
 /* The step: looks at the first `have` bytes of a stream. Returns the whole frame's size once all of it is there, its payload being at
  * at + FRAME_HEADER, checked; 0 when more bytes are needed; -EPROTO on a wrong magic, type, length or reserved byte, -EBADMSG on a wrong checksum.
  * With FRAME_HEADER bytes there, h is filled whether or not the rest is (so that a reader can size its buffer). */
@@ -109,7 +116,8 @@ int64_t frame_step(const uint8_t *at, size_t have, struct frame_header *h);
 struct frame_hello {
     uint16_t version;
     struct id identity;
-    char host[256]; /* for people: who holds a lease */
+    char host[256];  /* for people: who holds a lease */
+    struct id token; /* the server's name for the connection, which further sockets JOIN; zeros from a client */
 };
 size_t frame_hello_put(void *to, size_t cap, const struct frame_hello *h);
 int frame_hello_get(const void *p, size_t len, struct frame_hello *h);
@@ -158,12 +166,19 @@ struct frame_op {
 size_t frame_op_put(void *to, size_t cap, const struct frame_op *o);
 int frame_op_get(const void *p, size_t len, struct frame_op *o);
 
+struct frame_begin {
+    uint64_t seq;
+    struct id writer; /* who wrote the epoch, if not the peer (a hub passes it through); none: the peer. Not sent when none */
+};
+size_t frame_begin_put(void *to, size_t cap, const struct frame_begin *b);
+int frame_begin_get(const void *p, size_t len, struct frame_begin *b);
+
 /* A region's part in the epoch: for each region touched, after the OPs and before its PAGES. The region is first cut to min_size (UINT64_MAX: it never
- * shrank), then made `size` long, then given its pages. `epoch` is the region's next number; a CREATEd one starts at 1. May be repeated within the epoch, with
- * the same number: the last size counts, and the lowest min_size. */
+ * shrank), then made `size` long, then given its pages. The epoch continues number `base` (0 with a CREATE), and `epoch` is above it: by one, unless a hub brings
+ * a replica up to date. May be repeated within the epoch, with the same numbers: the last size counts, and the lowest min_size. */
 struct frame_region {
     uint32_t handle;
-    uint64_t epoch, fence, min_size, size;
+    uint64_t epoch, base, fence, min_size, size;
 };
 size_t frame_region_put(void *to, size_t cap, const struct frame_region *r);
 int frame_region_get(const void *p, size_t len, struct frame_region *r);
@@ -174,7 +189,10 @@ int frame_region_get(const void *p, size_t len, struct frame_region *r);
  * the epoch before left it. Its data: 16 bytes XXH3-128 (canonical) of the page as it is to be, u32 mask (bit i: block i), then the blocks of the mask. The
  * receiver checks the page before it commits the epoch and answers FAILED with FRAME_E_DELTA when it comes out otherwise: the client then compares the
  * region by hashes and sends whole pages. A page is in an epoch as DELTA at most once, and then in no other way. */
-enum frame_pages_kind { FRAME_PAGES_DATA, FRAME_PAGES_ZEROS, FRAME_PAGES_DELTA };
+/* COPY: one whole page (offset a multiple of FRAME_PAGE, length FRAME_PAGE) that stands at `source` (likewise) in the region as the epoch before left it. Its
+ * data: u64 source, 16 bytes XXH3-128 (canonical) of the page. Checked as a DELTA is. Not in an epoch that creates or cuts the region. */
+enum frame_pages_kind { FRAME_PAGES_DATA, FRAME_PAGES_ZEROS, FRAME_PAGES_DELTA, FRAME_PAGES_COPY, FRAME_PAGES_KINDS };
+#define FRAME_COPY_BYTES 24u
 #define FRAME_DELTA_BLOCK 128u
 #define FRAME_DELTA_BLOCKS (FRAME_PAGE / FRAME_DELTA_BLOCK)
 #define FRAME_DELTA_HEAD 20u
@@ -196,6 +214,13 @@ struct frame_delta {
 struct frame_delta frame_delta_of(const struct frame_extent *e);
 /* The next run of neighbouring blocks from block *at on, as a DATA extent; false when there is none. */
 bool frame_delta_run(const struct frame_extent *e, uint32_t *at, struct frame_extent *run);
+
+/* The parts of a COPY extent's data, which frame_pages_get has checked. */
+struct frame_copy {
+    uint64_t source;
+    const uint8_t *hash;
+};
+struct frame_copy frame_copy_of(const struct frame_extent *e);
 
 struct frame_pages {
     uint32_t handle, count;
@@ -228,11 +253,19 @@ int frame_entry_get(const void *p, size_t len, uint32_t *request, struct frame_e
 size_t frame_pinned_put(void *to, size_t cap, uint32_t request, uint32_t pin, const struct frame_entry *e);
 int frame_pinned_get(const void *p, size_t len, uint32_t *request, uint32_t *pin, struct frame_entry *e);
 
-/* Asks for the hashes of pages first .. first + count of a pinned region; count <= FRAME_HASHES_MAX. */
+/* The length of the PAGES payload in a PACKED one; 0 for what cannot be one (too short, or a length beyond FRAME_PAYLOAD_MAX). */
+uint32_t frame_packed_length(const void *p, size_t len);
+
+/* Asks for the hashes of nodes first .. first + count of a level of a pinned region's tree; count <= FRAME_HASHES_MAX. Level 0 are the pages: XXH3-128
+ * (canonical) of FRAME_PAGE bytes, the last page filled up with zeros. A node of level n + 1 is XXH3-128 over the FRAME_HASH_FANOUT hashes of level n that it
+ * covers, those beyond the region's end being zeros. A page of zeros is 16 zero bytes, and so is a node over nothing but such; where XXH3-128 itself is 0 or 1
+ * (big-endian), it is given as 2^64 more. */
 struct frame_hash {
     uint32_t request, pin;
     uint64_t first;
     uint32_t count;
+    uint8_t level; /* below FRAME_HASH_LEVELS */
+    uint8_t fresh; /* read the bytes again: do not trust hashes kept from before */
 };
 size_t frame_hash_put(void *to, size_t cap, const struct frame_hash *h);
 int frame_hash_get(const void *p, size_t len, struct frame_hash *h);

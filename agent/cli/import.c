@@ -66,7 +66,7 @@ static int begin(struct import *m)
     struct frame_op op = {.kind = FRAME_OP_CREATE, .handle = HANDLE, .source = {.ino = m->before.st_ino}};
     id_new(&op.lineage);
     struct frame_region region = {
-        .handle = HANDLE, .epoch = 1, .fence = m->fence, .min_size = UINT64_MAX, .size = (uint64_t)m->before.st_size};
+        .handle = HANDLE, .epoch = 1, .base = 0, .fence = m->fence, .min_size = UINT64_MAX, .size = (uint64_t)m->before.st_size};
     if (!rc)
         rc = send_counted(m, FRAME_OP, payload, frame_op_put(payload, sizeof payload, &op));
     return rc ? rc : send_counted(m, FRAME_REGION, payload, frame_region_put(payload, sizeof payload, &region));

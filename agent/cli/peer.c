@@ -55,7 +55,7 @@ static int send_frame(struct peer *p, uint32_t stream, uint8_t type, const void 
     if (p->dead)
         return p->dead;
     uint8_t header[FRAME_HEADER];
-    frame_header_put(header, type, stream, (uint32_t)len, frame_payload_hash(payload, len));
+    frame_header_put(header, type, stream, stream ? p->order++ : 0, (uint32_t)len, frame_payload_hash(payload, len));
     struct iovec iov[2] = {{header, sizeof header}, {(void *)payload, len}};
     struct msghdr m = {.msg_iov = iov, .msg_iovlen = 2};
     while (iov[0].iov_len + iov[1].iov_len) {

@@ -27,6 +27,7 @@ struct peer {
     uint32_t window;                 /* bytes of PAGES that may go */
     uint32_t used;                   /* bytes of the frame handed out last */
     uint32_t owed;                   /* window bytes not yet given back */
+    uint32_t order;                  /* of the next frame on the one stream */
     size_t in_start, in_end, handed; /* handed: length of the frame handed out last */
     pid_t child;
     char temporary[64]; /* its directory */

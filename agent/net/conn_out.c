@@ -238,7 +238,7 @@ static struct out *next_out(struct conn *c)
     if (!o->sealed) {
         const struct buf *b = o->payload;
         uint64_t hash = !b ? frame_payload_hash("", 0) : b->hashed ? b->hash : frame_payload_hash(b->data, b->len);
-        frame_header_put(o->header, o->type, o->stream, b ? b->len : 0, hash);
+        frame_header_put(o->header, o->type, o->stream, s->id ? s->sealed++ : 0, b ? b->len : 0, hash);
         o->sealed = true;
     }
     return o;

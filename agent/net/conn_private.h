@@ -44,6 +44,7 @@ struct stream {
     bool forgotten;  /* by us; its peer's CLOSE is awaited, what comes is dropped */
     uint32_t credit; /* given back by the owner, not yet told to the peer */
     uint32_t recv_window, send_window;
+    uint32_t sealed; /* frames that have their number */
     size_t queued; /* bytes, headers included */
     struct out_queue queue;
     TAILQ_ENTRY(stream) turn;

@@ -82,7 +82,8 @@ static void epoch_fail(struct epoch *e, int err, const char *text)
 
 static void epoch_begin(struct session *s, struct lane *l, const struct buf *p)
 {
-    if (p->len != 8) {
+    struct frame_begin b;
+    if (frame_begin_get(p->data, p->len, &b) < 0) {
         session_violated(s, "a BEGIN out of form");
         return;
     }
@@ -93,7 +94,7 @@ static void epoch_begin(struct session *s, struct lane *l, const struct buf *p)
     }
     e->session = s;
     e->lane = l;
-    e->seq = get_u64(p->data);
+    e->seq = b.seq;
     l->refs++;
     l->open = e;
     e->txn = store_txn_new(s->server->store, &s->peer.identity, (struct store_names){name_of, s}, on_spilled, e);

@@ -248,7 +248,7 @@ static int add_region(struct store_txn *t, const struct buf *b, char error[STORE
     if (slot->part < 0)
         return refuse(t, -ENOENT, error, "there is no region %.300s", slot->name->text);
     struct part *p = t->parts[slot->part];
-    if (g.epoch != p->base + 1)
+    if (g.base != p->base)
         return refuse(t, -EEXIST, error, "%.300s is at epoch %llu, which epoch %llu does not continue",
                       slot->name->text, (unsigned long long)p->base, (unsigned long long)g.epoch);
     p->under = slot->name;
@@ -271,6 +271,8 @@ static int add_pages(struct store_txn *t, struct buf *b, char error[STORE_ERROR]
         return refuse(t, -EPROTO, error, "malformed PAGES");
     struct frame_pages all = pages;
     for (struct frame_extent e; frame_pages_next(&all, &e);) {
+        if (e.kind == FRAME_PAGES_COPY)
+            return refuse(t, -EPROTO, error, "moved pages are not taken");
         t->deltas |= e.kind == FRAME_PAGES_DELTA;
         t->zeros += e.kind == FRAME_PAGES_ZEROS ? e.len : 0;
     }

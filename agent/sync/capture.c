@@ -314,7 +314,7 @@ static int announce(struct capture *c, struct part *p)
         region_reserve(p->region);
     }
     struct frame_region f = {
-        .handle = p->handle, .epoch = b->epoch, .fence = p->region->fence, .min_size = p->cut, .size = p->size};
+        .handle = p->handle, .epoch = b->epoch, .base = b->epoch - 1, .fence = p->region->fence, .min_size = p->cut, .size = p->size};
     struct buf *buf = buf_new(64);
     if (buf)
         buf->len = (uint32_t)frame_region_put(buf->data, buf->cap, &f);

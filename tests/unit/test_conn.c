@@ -211,7 +211,7 @@ static void tells_versions(void **state)
     UNTIL(e[0].closed && e[1].closed);
     assert_int_equal(e[0].err, -EPROTONOSUPPORT);
     assert_int_equal(e[1].err, -EPROTONOSUPPORT);
-    assert_non_null(strstr(e[1].why, "peer speaks version 7, this agent 1: upgrade the older one"));
+    assert_non_null(strstr(e[1].why, "peer speaks version 7, this agent 2: upgrade the older one"));
     assert_false(e[0].opened || e[1].opened);
     free(e);
 }
@@ -314,7 +314,7 @@ static void raw_write(int fd, const void *p, size_t len)
 static void raw_frame(int fd, uint8_t type, uint32_t stream, const void *payload, size_t len)
 {
     uint8_t f[FRAME_HEADER + FRAME_PAYLOAD_MAX];
-    frame_header_put(f, type, stream, (uint32_t)len, frame_payload_hash(payload, len));
+    frame_header_put(f, type, stream, 0, (uint32_t)len, frame_payload_hash(payload, len));
     memcpy(f + FRAME_HEADER, payload, len);
     raw_write(fd, f, FRAME_HEADER + len);
 }
@@ -384,7 +384,7 @@ static void refuses_flipped_bits(void **state)
         raw_hello(fd);
         uint8_t f[FRAME_HEADER + 40] = {0};
         memset(f + FRAME_HEADER, 0x5a, 40);
-        frame_header_put(f, FRAME_OP, 1, 40, frame_payload_hash(f + FRAME_HEADER, 40));
+        frame_header_put(f, FRAME_OP, 1, 0, 40, frame_payload_hash(f + FRAME_HEADER, 40));
         f[bit / 8] ^= (uint8_t)(1u << bit % 8);
         raw_write(fd, f, sizeof f);
         static const uint8_t more[FRAME_PAYLOAD_MAX]; /* for a length that became greater */
@@ -484,7 +484,7 @@ static void notices_cut_frames(void **state)
     int fd = take(e);
     raw_hello(fd);
     uint8_t f[FRAME_HEADER];
-    frame_header_put(f, FRAME_PAGES, 1, 1000, 1);
+    frame_header_put(f, FRAME_PAGES, 1, 0, 1000, 1);
     raw_write(fd, f, sizeof f);
     UNTIL(e->opened);
     close(fd);
@@ -504,7 +504,7 @@ static void hears_last_words(void **state)
     uint8_t f[FRAME_HEADER + 600];
     struct frame_failed last = {.code = FRAME_E_LIMIT, .text = "enough of you"};
     size_t len = frame_failed_put(f + FRAME_HEADER, 600, &last);
-    frame_header_put(f, FRAME_ERROR, 0, (uint32_t)len, frame_payload_hash(f + FRAME_HEADER, len));
+    frame_header_put(f, FRAME_ERROR, 0, 0, (uint32_t)len, frame_payload_hash(f + FRAME_HEADER, len));
     assert_int_equal(write(fd, f, FRAME_HEADER + len), FRAME_HEADER + len);
     close(fd);
     conn_send(e->conn, 1, FRAME_LIST, bytes(4, 1));

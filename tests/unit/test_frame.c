@@ -18,6 +18,7 @@ static void hello_fill(void *m)
     h->version = FRAME_VERSION;
     id_fill(&h->identity, 1);
     strcpy(h->host, "hosta");
+    id_fill(&h->token, 2);
 }
 
 static void attach_fill(void *m)
@@ -48,7 +49,13 @@ static void op_fill(void *m)
 
 static void region_fill(void *m)
 {
-    *(struct frame_region *)m = (struct frame_region){.handle = 8, .epoch = 9, .fence = 10, .min_size = 11, .size = 12};
+    *(struct frame_region *)m =
+        (struct frame_region){.handle = 8, .epoch = 9, .base = 7, .fence = 10, .min_size = 11, .size = 12};
+}
+
+static void begin_fill(void *m)
+{
+    *(struct frame_begin *)m = (struct frame_begin){.seq = 1ull << 62};
 }
 
 static void failed_fill(void *m)
@@ -66,13 +73,26 @@ static void entry_fill(void *m)
 
 static void hash_fill(void *m)
 {
-    *(struct frame_hash *)m = (struct frame_hash){.request = 5, .pin = 6, .first = 7, .count = FRAME_HASHES_MAX};
+    *(struct frame_hash *)m =
+        (struct frame_hash){.request = 5, .pin = 6, .first = 7, .count = FRAME_HASHES_MAX, .level = 3, .fresh = 1};
 }
 
-CODEC_PLAIN(frame, hello)
+static size_t hello_put(void *to, size_t cap, const void *m)
+{
+    return frame_hello_put(to, cap, m);
+}
+
+/* Of another version only the beginning is looked at. */
+static int hello_get(const void *p, size_t len, void *m)
+{
+    int rc = frame_hello_get(p, len, m);
+    return !rc && ((struct frame_hello *)m)->version != FRAME_VERSION ? -EPROTO : rc;
+}
+
 CODEC_PLAIN(frame, attach)
 CODEC_PLAIN(frame, attached)
 CODEC_PLAIN(frame, op)
+CODEC_PLAIN(frame, begin)
 CODEC_PLAIN(frame, region)
 CODEC_PLAIN(frame, failed)
 CODEC_PLAIN(frame, hash)
@@ -105,6 +125,7 @@ static const struct codec codecs[] = {
     CODEC(frame, attach),
     CODEC(frame, attached),
     CODEC(frame, op),
+    CODEC(frame, begin),
     CODEC(frame, region),
     CODEC(frame, failed),
     CODEC(frame, hash),
@@ -133,16 +154,16 @@ static void test_damage(void **state)
 static void test_bytes(void **state)
 {
     (void)state;
-    static const uint8_t expected[] = {0, 0,  0, 8, 0, 0, 0, 0, 0, 0,  0, 9, 0, 0, 0, 0, 0, 0,
-                                       0, 10, 0, 0, 0, 0, 0, 0, 0, 11, 0, 0, 0, 0, 0, 0, 0, 12};
+    static const uint8_t expected[] = {0, 0, 0, 8, 0, 0,  0, 0, 0, 0, 0, 9, 0, 0,  0, 0, 0, 0, 0, 7, 0, 0,
+                                       0, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0, 0, 0, 11, 0, 0, 0, 0, 0, 0, 0, 12};
     struct frame_region r;
     region_fill(&r);
     uint8_t bytes[64];
     assert_int_equal(frame_region_put(bytes, sizeof bytes, &r), sizeof expected);
     assert_memory_equal(bytes, expected, sizeof expected);
 
-    frame_header_put(frame, FRAME_PING, 0, 8, frame_payload_hash("12345678", 8));
-    static const uint8_t header[] = {0x4d, 0x53, FRAME_PING, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0};
+    frame_header_put(frame, FRAME_LIST, 3, 258, 8, frame_payload_hash("12345678", 8));
+    static const uint8_t header[] = {0x4d, 0x53, FRAME_LIST, 0, 0, 0, 0, 8, 0, 0, 0, 3, 0, 0, 1, 2};
     assert_memory_equal(frame, header, sizeof header);
 }
 
@@ -165,6 +186,15 @@ static void test_values(void **state)
     assert_int_equal(frame_region_get(bytes, n, &r), 0);
     refused_region((struct frame_region){.epoch = 1, .size = (uint64_t)INT64_MAX + 1});
     refused_region((struct frame_region){.epoch = 0});
+    refused_region((struct frame_region){.epoch = 5, .base = 5});
+
+    struct frame_begin b = {.seq = 3}, is;
+    id_fill(&b.writer, 9);
+    n = frame_begin_put(bytes, sizeof bytes, &b);
+    assert_int_equal(n, 24);
+    assert_int_equal(frame_begin_get(bytes, n, &is), 0);
+    assert_memory_equal(&is, &b, sizeof b);
+    assert_int_equal(frame_begin_get(bytes, 23, &is), -EPROTO);
 
     struct frame_op o;
     for (unsigned kind = 0; kind < 256; kind++) {
@@ -188,6 +218,19 @@ static void test_values(void **state)
     h.first = (uint64_t)INT64_MAX / FRAME_PAGE + 1;
     n = frame_hash_put(bytes, sizeof bytes, &h);
     assert_int_equal(frame_hash_get(bytes, n, &h), -EPROTO);
+
+    h = (struct frame_hash){.count = 1, .level = FRAME_HASH_LEVELS};
+    n = frame_hash_put(bytes, sizeof bytes, &h);
+    assert_int_equal(frame_hash_get(bytes, n, &h), -EPROTO);
+    h = (struct frame_hash){.count = 1, .fresh = 2};
+    n = frame_hash_put(bytes, sizeof bytes, &h);
+    assert_int_equal(frame_hash_get(bytes, n, &h), -EPROTO);
+
+    static const uint8_t packed[][6] = {{0, 0, 0, 9, 1, 1}, {0, 1, 0, 0, 1, 1}, {0, 1, 0, 1, 1, 1}};
+    assert_int_equal(frame_packed_length(packed[0], 6), 9);
+    assert_int_equal(frame_packed_length(packed[0], 4), 0);
+    assert_int_equal(frame_packed_length(packed[1], 6), FRAME_PAYLOAD_MAX);
+    assert_int_equal(frame_packed_length(packed[2], 6), 0);
 
     struct frame_attached a;
     attached_fill(&a);
@@ -220,7 +263,7 @@ static size_t frame_make(uint8_t type, uint32_t stream, size_t len, uint8_t seed
 {
     for (size_t i = 0; i < len; i++)
         frame[FRAME_HEADER + i] = (uint8_t)(seed + i * 7 + i / 251);
-    frame_header_put(frame, type, stream, (uint32_t)len, frame_payload_hash(frame + FRAME_HEADER, len));
+    frame_header_put(frame, type, stream, 0, (uint32_t)len, frame_payload_hash(frame + FRAME_HEADER, len));
     return FRAME_HEADER + len;
 }
 
@@ -274,8 +317,14 @@ static void test_step_refuses(void **state)
     for (unsigned type = 0; type < 256; type++)
         assert_true(step_with(2, (uint8_t)type) == (type && type < FRAME_TYPES ? (int64_t)FRAME_HEADER + 64 : -EPROTO));
     assert_int_equal(step_with(3, 1), -EPROTO);
-    for (size_t at = 12; at < 16; at++)
-        assert_int_equal(step_with(at, 1), -EPROTO);
+    for (size_t at = 12; at < 16; at++) /* the order */
+        assert_int_equal(step_with(at, 1), FRAME_HEADER + 64);
+
+    frame_make(FRAME_PING, 0, 8, 0); /* which there is none of on stream 0 */
+    put_u32(frame + 12, 1);
+    put_u64(frame + 16, XXH3_64bits_withSeed(frame, 16, frame_payload_hash(frame + FRAME_HEADER, 8)));
+    struct frame_header none;
+    assert_int_equal(step(frame, FRAME_HEADER + 8, &none), -EPROTO);
 
     /* A length beyond the limit is refused before anybody waits for, or makes room for, so much. */
     struct frame_header h;
@@ -419,7 +468,7 @@ static void test_pages_refused(void **state)
     assert_int_equal(pages_one(0, 0, FRAME_PAGES_DATA, 0), -EPROTO);
     assert_int_equal(pages_one(0, 0, FRAME_PAGES_ZEROS, 0), -EPROTO);
     assert_int_equal(pages_one(0, 5, FRAME_PAGES_ZEROS, 5), -EPROTO);
-    assert_int_equal(pages_one(0, 5, FRAME_PAGES_DELTA + 1, 0), -EPROTO);
+    assert_int_equal(pages_one(0, 5, FRAME_PAGES_KINDS, 0), -EPROTO);
     assert_int_equal(pages_one((uint64_t)INT64_MAX - 4, 5, FRAME_PAGES_ZEROS, 0), -EPROTO);
     assert_int_equal(pages_one(UINT64_MAX - 3, 5, FRAME_PAGES_ZEROS, 0), -EPROTO);
     assert_int_equal(pages_one(0, FRAME_DATA_MAX, FRAME_PAGES_DATA, FRAME_DATA_MAX), 0);
@@ -446,6 +495,36 @@ static int delta_one(uint64_t offset, uint32_t len, uint32_t mask, size_t data)
     if (data >= FRAME_DELTA_HEAD)
         put_u32(pages + FRAME_PAGES_HEAD + FRAME_PAGES_ENTRY + 16, mask);
     return pages_get(n, &p);
+}
+
+static int copy_one(uint64_t offset, uint32_t len, uint64_t source, size_t data)
+{
+    struct frame_pages p;
+    struct frame_extent e = {.offset = offset, .len = len, .kind = FRAME_PAGES_COPY};
+    size_t n = pages_make(&e, 1, data);
+    put_u64(pages + FRAME_PAGES_HEAD + FRAME_PAGES_ENTRY, source);
+    return pages_get(n, &p);
+}
+
+static void test_copies(void **state)
+{
+    (void)state;
+    assert_int_equal(copy_one(4096, 4096, 0, 24), 0);
+    assert_int_equal(copy_one(4096, 4096, 8192, 23), -EPROTO);
+    assert_int_equal(copy_one(4096, 4096, 8192, 25), -EPROTO);
+    assert_int_equal(copy_one(4096, 4096, 8191, 24), -EPROTO);
+    assert_int_equal(copy_one(4095, 4096, 8192, 24), -EPROTO);
+    assert_int_equal(copy_one(4096, 8192, 8192, 24), -EPROTO);
+    assert_int_equal(copy_one(4096, 4096, UINT64_MAX - 4095, 24), -EPROTO);
+
+    struct frame_pages p;
+    struct frame_extent e = {.offset = 8192, .len = 4096, .kind = FRAME_PAGES_COPY};
+    size_t n = pages_make(&e, 1, 24);
+    put_u64(pages + FRAME_PAGES_HEAD + FRAME_PAGES_ENTRY, 1u << 20);
+    assert_int_equal(frame_pages_get(pages, n, &p), 0);
+    assert_true(frame_pages_next(&p, &e));
+    assert_int_equal(frame_copy_of(&e).source, 1u << 20);
+    assert_ptr_equal(frame_copy_of(&e).hash, pages + FRAME_PAGES_HEAD + FRAME_PAGES_ENTRY + 8);
 }
 
 static void test_deltas(void **state)
@@ -542,7 +621,8 @@ int main(void)
         cmocka_unit_test(test_step_refuses),   cmocka_unit_test(test_bit_flips),
         cmocka_unit_test(test_random_streams), cmocka_unit_test(test_pages),
         cmocka_unit_test(test_pages_refused),  cmocka_unit_test(test_deltas),
-        cmocka_unit_test(test_pages_damage),   cmocka_unit_test(test_codes),
+        cmocka_unit_test(test_copies),         cmocka_unit_test(test_pages_damage),
+        cmocka_unit_test(test_codes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

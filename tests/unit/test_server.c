@@ -238,7 +238,7 @@ static void op(struct client *c, uint32_t stream, uint8_t kind, uint32_t handle,
 static void region(struct client *c, uint32_t stream, uint32_t handle, uint64_t epoch, uint64_t fence, uint64_t size)
 {
     uint8_t p[64];
-    struct frame_region r = {.handle = handle, .epoch = epoch, .fence = fence, .min_size = UINT64_MAX, .size = size};
+    struct frame_region r = {.handle = handle, .epoch = epoch, .base = epoch - 1, .fence = fence, .min_size = UINT64_MAX, .size = size};
     send_bytes(c, stream, FRAME_REGION, p, frame_region_put(p, sizeof p, &r));
 }
 
@@ -819,7 +819,7 @@ static void raw_write(int fd, const void *p, size_t len)
 static void raw_frame(int fd, uint8_t type, uint32_t stream, const void *payload, size_t len)
 {
     uint8_t f[FRAME_HEADER + FRAME_PAYLOAD_MAX];
-    frame_header_put(f, type, stream, (uint32_t)len, frame_payload_hash(payload, len));
+    frame_header_put(f, type, stream, 0, (uint32_t)len, frame_payload_hash(payload, len));
     memcpy(f + FRAME_HEADER, payload, len);
     raw_write(fd, f, FRAME_HEADER + len);
 }

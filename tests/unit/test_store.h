@@ -135,7 +135,7 @@ static inline int kit_region(struct kit *k, struct store_txn *t, uint32_t handle
 {
     struct buf *b = buf_new(64);
     struct frame_region g = {
-        .handle = handle, .epoch = epoch, .fence = k->fences[handle], .min_size = min, .size = size};
+        .handle = handle, .epoch = epoch, .base = epoch - 1, .fence = k->fences[handle], .min_size = min, .size = size};
     b->len = (uint32_t)frame_region_put(b->data, b->cap, &g);
     return kit_add(k, t, FRAME_REGION, b);
 }
