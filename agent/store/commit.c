@@ -151,7 +151,9 @@ void store_txn_commit(struct store_txn *t, void (*durable)(void *arg, int err, c
         refused(t, err, error);
         return;
     }
+    t->committed = true;
     txns_push(&s->queue, t);
+    spill_start(t);
     jobs_start(s);
 }
 
@@ -192,7 +194,7 @@ static bool is_ready(struct store_txn *t)
         return false;
     if (!t->large || t->ready)
         return true;
-    if (t->memory > s->limits.txn_memory)
+    if (t->memory) /* the rest of it is about to be spilled */
         return false;
     t->spilling = true;
     if (job_run(s->loop, ready_work, ready_done, t) < 0) {

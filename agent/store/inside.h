@@ -129,7 +129,7 @@ struct store_txn {
     uint64_t spill_len;
     uint64_t zeros; /* bytes of zeros extents */
     bool deltas;    /* some pages rest on what the epoch before left */
-    bool spilling, large, ready, aborted;
+    bool spilling, large, ready, aborted, committed; /* committed: handed in */
     bool removing; /* by store_remove: no lease is asked for */
     int err;
     char error[STORE_ERROR];

@@ -1,19 +1,23 @@
 /* Large epochs: pages to disk before the commit, and the windows of those who send them. Loop thread, but spill_work.
  *
- * Once a transaction's `memory` passes its limit the oldest frames go to disk, 4 MiB a job, one job at a time: those of
- * regions that it creates straight into their file, others into its spill file. Windows are opened (`spilled`) at once
- * while the transaction is small, and beyond that only as memory is freed. What is in memory at the commit goes into
- * the journal record; its spilled pages come before. */
+ * Once a transaction's `memory` passes its limit it is large, and its frames go to disk as they come, in their order,
+ * 1 to 4 MiB a job, one job at a time: those of regions that it creates straight into their file, others into its spill
+ * file. Writing to the disk is begun with each job, so that little is left to wait for at the commit. Windows are
+ * opened (`spilled`) at once while the transaction is small, and beyond that only as memory is freed. At the commit the
+ * rest goes the same way: nothing of a large epoch passes through the journal but its head. If the process dies before
+ * that record is whole, the next start removes the files, which nothing names. */
 #include "agent/store/inside.h"
 
 #include "agent/base/job.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 
 #define SPILL_CHUNK (4u << 20)
+#define SPILL_LEAST (1u << 20) /* short enough to be in the processor's cache still */
 
 void txn_credit(struct store_txn *t, size_t bytes)
 {
@@ -65,21 +69,54 @@ struct spill_job {
     int err;
 };
 
-static int direct_extent(void *arg, struct part *p, const struct frame_extent *e)
+/* What was written to one file and is not yet on its way to the disk. */
+struct written {
+    int fd; /* -1: none */
+    uint64_t from, to;
+};
+
+static void written_add(struct written *w, uint64_t from, uint64_t len)
 {
-    const int *fd = arg;
-    (void)p;
-    if (!e->data) /* what is not there reads as zeros; what an earlier round put there has to go */
-        return file_zero(*fd, e->len, e->offset);
-    return io_write(*fd, e->data, e->len, e->offset);
+    if (from < w->from)
+        w->from = from;
+    if (from + len > w->to)
+        w->to = from + len;
 }
 
-static int spill_direct(struct store *s, struct part *p, const struct buf *b)
+/* Starts it on its way. A hint: errors come out at the fdatasync before the commit. */
+static void written_start(const struct store *s, const struct written *w)
+{
+    if (w->to > w->from && s->volume->ops->lasting)
+        sync_file_range(w->fd, (off_t)w->from, (off_t)(w->to - w->from), SYNC_FILE_RANGE_WRITE);
+}
+
+static void written_turn(const struct store *s, struct written *w, int fd)
+{
+    if (fd == w->fd)
+        return;
+    written_start(s, w);
+    *w = (struct written){.fd = fd, .from = UINT64_MAX};
+}
+
+static int direct_extent(void *arg, struct part *p, const struct frame_extent *e)
+{
+    struct written *w = arg;
+    (void)p;
+    if (!e->data) /* what is not there reads as zeros; what an earlier round put there has to go */
+        return file_zero(w->fd, e->len, e->offset);
+    written_add(w, e->offset, e->len);
+    return io_write(w->fd, e->data, e->len, e->offset);
+}
+
+static int spill_direct(struct store *s, struct part *p, const struct buf *b, struct written *w)
 {
     pthread_rwlock_wrlock(&p->r->lock);
     int fd = region_open(s, p->r, true);
     pthread_rwlock_unlock(&p->r->lock);
-    return fd < 0 ? fd : frame_extents(p, b->data, b->len, PAGES_WHOLE, direct_extent, &fd);
+    if (fd < 0)
+        return fd;
+    written_turn(s, w, fd);
+    return frame_extents(p, b->data, b->len, PAGES_WHOLE, direct_extent, w);
 }
 
 static void spill_work(void *arg)
@@ -87,13 +124,14 @@ static void spill_work(void *arg)
     struct spill_job *j = arg;
     struct store_txn *t = j->t;
     struct store *s = t->s;
+    struct written w = {.fd = -1};
     if (s->volume->ops->space(s->volume) < j->bytes + STORE_TABLE_ROOM)
         j->err = -ENOSPC;
     for (size_t i = 0; i < j->len && !j->err; i++) {
         struct part *p = j->parts[i];
         const struct buf *b = j->held[i].buf;
         if (p->created) {
-            j->err = spill_direct(s, p, b);
+            j->err = spill_direct(s, p, b, &w);
             continue;
         }
         if (t->spill_fd < 0 && (t->spill_fd = s->volume->ops->spill_open(s->volume, t->spill, true)) < 0) {
@@ -104,11 +142,14 @@ static void spill_work(void *arg)
         put_u32(head, j->held[i].part);
         put_u32(head + 4, b->len);
         uint64_t at = t->spill_len + j->spilled;
+        written_turn(s, &w, t->spill_fd);
+        written_add(&w, at, SPILL_HEAD + b->len);
         j->err = io_write(t->spill_fd, head, SPILL_HEAD, at);
         if (!j->err)
             j->err = io_write(t->spill_fd, b->data, b->len, at + SPILL_HEAD);
         j->spilled += SPILL_HEAD + b->len;
     }
+    written_start(s, &w);
     store_step("spill");
 }
 
@@ -145,10 +186,18 @@ static void spill_done(void *arg)
     store_pump(s);
 }
 
-void spill_start(struct store_txn *t)
+/* What may stay in memory: nothing of a large transaction that is handed in. */
+static size_t rests(const struct store_txn *t)
 {
     size_t limit = txn_limit(t);
-    if (t->spilling || t->aborted || t->err || t->memory <= (t->large && !t->durable ? limit - limit / 4 : limit))
+    if (!t->large)
+        return limit;
+    return t->committed ? 0 : limit < SPILL_LEAST ? limit : SPILL_LEAST;
+}
+
+void spill_start(struct store_txn *t)
+{
+    if (t->spilling || t->aborted || t->err || t->memory <= rests(t))
         return;
     struct spill_job *j = calloc(1, sizeof *j);
     size_t most = t->held_len - t->held_first, n = 0;

@@ -6,7 +6,7 @@
  * Life of an epoch: store_txn_new, store_txn_add for each of its frames (OP, REGION, PAGES as they came; payloads held, not copied), store_txn_commit.
  *   - Adding checks each frame against the state that the epochs committed before it will have left: lineage, epoch + 1, fence, name, sizes.
  *   - Memory: a transaction that grows beyond STORE_TXN_MEMORY is spilled to disk in the background: pages of regions that it creates go straight into their
- *     new file, others into a spill file that the journal record names. `spilled` is called as memory is freed, which is what windows are opened by.
+ *     new file, others into a spill file that the journal record names; at the commit the rest of it, too. `spilled` is called as memory is freed, which is what windows are opened by.
  *   - Commit: one checksummed record in the journal, fdatasync (one for all epochs that wait: group commit), then durable(0). Then it is applied to the
  *     regions' files. Epochs commit in the order of store_txn_commit.
  *   - Killed before the record is whole on disk: the epoch is not there. After: it is, and recovery applies it again; applying twice is the same as once.
