@@ -37,7 +37,7 @@ int command_recover(const struct args *a)
         return cli_fail(CLI_FAILED, "%s", error);
     unsigned regions = 0;
     bool done = false;
-    store_list(s, count, &regions);
+    store_ask_list(s, count, NULL, &regions);
     store_close(s, closed, &done);
     while (!done && uv_run(&loop, UV_RUN_ONCE))
         ;

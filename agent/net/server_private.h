@@ -13,7 +13,7 @@
 #include <sys/queue.h>
 
 #define SESSION_HANDLES 65536u
-#define SESSION_PINS 64u
+#define SESSION_PINS 1024u /* a hub pins every region for its consistent cut */
 #define SESSION_REQUESTS 256u
 #define SESSION_PENDING 16384u
 #define SESSION_UNREAD (64u << 20)  /* bytes of answers a peer may leave unread */
@@ -75,6 +75,18 @@ struct request {
 };
 TAILQ_HEAD(request_list, request);
 
+/* An ATTACH that the store has not answered yet. */
+struct attaching {
+    TAILQ_ENTRY(attaching) link;
+    struct session *session; /* NULL: it has ended */
+    struct server *server;
+    struct id identity;
+    uint32_t stream, handle;
+    bool write, detached; /* detached: by the peer, meanwhile */
+    char *name;
+};
+TAILQ_HEAD(attaching_list, attaching);
+
 struct session {
     TAILQ_ENTRY(session) link;
     struct server *server;
@@ -86,6 +98,8 @@ struct session {
     struct lane_list lanes[SESSION_LANES];
     struct epoch_list pending;
     unsigned pending_n;
+    struct attaching_list attaching;
+    unsigned attaching_n;
     struct request_list requests;
     unsigned requests_n;
     struct pin *pins[SESSION_PINS];
@@ -130,6 +144,7 @@ struct handle *session_handle(struct session *s, uint32_t id);
 bool session_handle_rename(struct session *s, struct handle *h, const char *name);
 void session_reply(struct session *s, uint32_t stream, uint8_t type, const void *payload, size_t len);
 void session_failed(struct session *s, uint32_t stream, uint64_t seq, uint16_t code, const char *text);
+void session_end(struct session *s, int err, const char *why); /* this peer is better off without a connection */
 void session_violated(struct session *s, const char *what); /* malformed or out of order: the connection ends */
 
 /* session_epoch.c */

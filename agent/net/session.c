@@ -40,6 +40,12 @@ void session_violated(struct session *s, const char *what)
     conn_close(s->conn, false, FRAME_E_PROTOCOL, what);
 }
 
+void session_end(struct session *s, int err, const char *why)
+{
+    log_warn("%s (%s): connection closed: %s", conn_peer(s->conn), s->peer.host, why);
+    conn_close(s->conn, false, frame_code_from(err), why);
+}
+
 /* Handles */
 
 static struct handle_list *id_bucket(struct session *s, uint32_t id)
@@ -104,66 +110,89 @@ static struct handle *handle_put(struct session *s, uint32_t id, const char *nam
     return h;
 }
 
-/* Fills in what is there under the name; NONE, EXISTS, or BAD. */
-static void attach_look(struct session *s, const struct frame_attach *a, struct frame_attached *to)
+/* Attaching. The store may have to ask others first; until it answers, the handle means nothing. */
+
+static void attach_answer(struct session *s, struct attaching *a, struct frame_attached *to)
 {
-    struct frame_entry e;
-    char error[STORE_ERROR] = "";
-    const char *fault = name_fault(a->name);
-    int rc = fault ? -EINVAL : store_lookup(s->server->store, a->name, &e, &to->source, error);
-    if (rc == -ENOENT) {
-        to->status = FRAME_ATTACH_NONE;
-    } else if (rc < 0) {
+    to->handle = a->handle;
+    if (to->status <= FRAME_ATTACH_EXISTS && !handle_put(s, a->handle, a->name, a->write)) {
         to->status = FRAME_ATTACH_BAD;
-        snprintf(to->holder, sizeof to->holder, "%.255s", fault ? fault : error[0] ? error : strerror(-rc));
-    } else {
-        to->status = FRAME_ATTACH_EXISTS;
-        to->lineage = e.lineage;
-        to->writer = e.writer;
-        to->epoch = e.epoch;
-        to->size = e.size;
+        snprintf(to->holder, sizeof to->holder, "too many regions on one connection");
     }
+    uint8_t payload[sizeof *to + 16];
+    session_reply(s, a->stream, FRAME_ATTACHED, payload, frame_attached_put(payload, sizeof payload, to));
 }
 
-static void attach_lease(struct session *s, const struct frame_attach *a, struct frame_attached *to)
+static void detach(struct session *s, uint32_t id);
+
+static void attaching_free(struct attaching *a)
 {
-    char holder[256] = "";
-    int rc = store_lease(s->server->store, a->name, &s->peer.identity, s->peer.host, &to->fence, holder);
-    if (!rc)
-        return;
-    to->status = rc == -EBUSY ? FRAME_ATTACH_HELD : FRAME_ATTACH_BAD;
-    if (rc == -EBUSY)
-        snprintf(to->holder, sizeof to->holder, "%s", holder);
-    else
-        snprintf(to->holder, sizeof to->holder, "the lease cannot be given: %s", strerror(-rc));
+    struct server *server = a->server;
+    free(a->name);
+    free(a);
+    server->work--;
+    server_look(server);
+}
+
+static void on_attached(void *arg, int err, const struct frame_attached *to)
+{
+    struct attaching *a = arg;
+    struct session *s = a->session;
+    if (s) {
+        TAILQ_REMOVE(&s->attaching, a, link);
+        s->attaching_n--;
+    }
+    if (s && err < 0) {
+        session_end(s, err, to->holder);
+    } else if (s) {
+        struct frame_attached answer = *to;
+        attach_answer(s, a, &answer);
+        if (a->detached)
+            detach(s, a->handle);
+    } else if (!err && a->write && to->status <= FRAME_ATTACH_EXISTS) {
+        store_lease_seen(a->server->store, &a->identity); /* from now on its time runs */
+    }
+    attaching_free(a);
 }
 
 static void on_attach(struct session *s, uint32_t stream, const struct buf *p)
 {
-    struct frame_attach a;
-    if (frame_attach_get(p->data, p->len, &a) < 0) {
+    struct frame_attach f;
+    if (frame_attach_get(p->data, p->len, &f) < 0) {
         session_violated(s, "an ATTACH out of form");
         return;
     }
-    struct frame_attached to = {.handle = a.handle};
-    attach_look(s, &a, &to);
-    if (to.status != FRAME_ATTACH_BAD && a.write)
-        attach_lease(s, &a, &to);
-    if (to.status <= FRAME_ATTACH_EXISTS && !handle_put(s, a.handle, a.name, a.write)) {
-        to.status = FRAME_ATTACH_BAD;
-        snprintf(to.holder, sizeof to.holder, "too many regions on one connection");
-    }
-    uint8_t payload[sizeof to + 16];
-    session_reply(s, stream, FRAME_ATTACHED, payload, frame_attached_put(payload, sizeof payload, &to));
-}
-
-static void on_detach(struct session *s, const struct buf *p)
-{
-    if (p->len != 4) {
-        session_violated(s, "a DETACH out of form");
+    if (s->attaching_n >= SESSION_HANDLES) {
+        session_violated(s, "too many ATTACH at once");
         return;
     }
-    struct handle *h = session_handle(s, get_u32(p->data)), *other;
+    struct attaching *a = calloc(1, sizeof *a);
+    if (!a || !(a->name = strdup(f.name))) {
+        free(a);
+        session_violated(s, "no memory for a name");
+        return;
+    }
+    a->session = s;
+    a->server = s->server;
+    a->server->work++;
+    a->identity = s->peer.identity;
+    a->stream = stream;
+    a->handle = f.handle;
+    a->write = f.write;
+    struct store_attach ask = {.name = a->name, .host = s->peer.host, .identity = &a->identity, .write = f.write};
+    struct frame_attached to = {0};
+    if (store_attach(s->server->store, &ask, &to, on_attached, a) == -EINPROGRESS) {
+        TAILQ_INSERT_TAIL(&s->attaching, a, link);
+        s->attaching_n++;
+        return;
+    }
+    attach_answer(s, a, &to);
+    attaching_free(a);
+}
+
+static void detach(struct session *s, uint32_t id)
+{
+    struct handle *h = session_handle(s, id), *other;
     if (!h)
         return;
     bool drop = h->write;
@@ -173,6 +202,18 @@ static void on_detach(struct session *s, const struct buf *p)
     if (drop)
         store_lease_drop(s->server->store, h->name, &s->peer.identity);
     handle_free(s, h);
+}
+
+static void on_detach(struct session *s, const struct buf *p)
+{
+    if (p->len != 4) {
+        session_violated(s, "a DETACH out of form");
+        return;
+    }
+    struct attaching *a;
+    TAILQ_FOREACH(a, &s->attaching, link)
+    a->detached |= a->handle == get_u32(p->data);
+    detach(s, get_u32(p->data));
 }
 
 /* The connection's calls */
@@ -254,6 +295,10 @@ static void on_closed(void *owner, int err, const char *why)
     log_at(hung_up ? LOG_INFO : LOG_WARN, "%s", why);
     session_epoch_orphan(s);
     session_request_orphan(s);
+    for (struct attaching *a; (a = TAILQ_FIRST(&s->attaching));) {
+        TAILQ_REMOVE(&s->attaching, a, link);
+        a->session = NULL;
+    }
     if (s->open)
         store_lease_seen(server->store, &s->peer.identity);
     for (unsigned b = 0; b < SESSION_BUCKETS; b++)
@@ -287,6 +332,7 @@ int session_new(struct server *server, uv_stream_t *stream)
         TAILQ_INIT(&s->lanes[b]);
     TAILQ_INIT(&s->pending);
     TAILQ_INIT(&s->requests);
+    TAILQ_INIT(&s->attaching);
     s->conn = conn_take(stream, &server->self, &ops, s);
     if (!s->conn) {
         session_free(s);

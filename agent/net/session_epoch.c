@@ -102,6 +102,8 @@ static void epoch_begin(struct session *s, struct lane *l, const struct buf *p)
         store_txn_chain(e->txn, l);
     else
         epoch_fail(e, -ENOBUFS, "no memory for an epoch");
+    if (e->txn && !id_none(&b.writer))
+        store_txn_writer(e->txn, &b.writer);
 }
 
 /* A renamed handle's names change when the epoch is handed in; the store follows the renames within the epoch itself.
@@ -136,7 +138,9 @@ static void epoch_add(struct epoch *e, uint8_t type, struct buf *p)
     int rc = store_txn_add(e->txn, type, p, error);
     if (!rc && type == FRAME_OP)
         rc = epoch_note(e, p);
-    if (rc < 0)
+    if (rc == -ENOTCONN)
+        session_end(e->session, rc, error);
+    else if (rc < 0)
         epoch_fail(e, rc, error[0] ? error : strerror(-rc));
 }
 
@@ -170,6 +174,20 @@ static void renames_undo(struct session *s, struct epoch *e)
     }
 }
 
+static void tell_received(struct epoch *e)
+{
+    uint8_t seq[8];
+    put_u64(seq, e->seq);
+    session_reply(e->session, e->lane->stream, FRAME_RECEIVED, seq, sizeof seq);
+}
+
+static void on_received(void *arg)
+{
+    struct epoch *e = arg;
+    if (e->session)
+        tell_received(e);
+}
+
 static void on_durable(void *arg, int err, const char *text)
 {
     struct epoch *e = arg;
@@ -182,7 +200,9 @@ static void on_durable(void *arg, int err, const char *text)
             renames_undo(s, e);
         uint8_t seq[8];
         put_u64(seq, e->seq);
-        if (err < 0)
+        if (err == -ENOTCONN)
+            session_end(s, err, text);
+        else if (err < 0)
             session_failed(s, e->lane->stream, e->seq, frame_code_from(err), text && *text ? text : strerror(-err));
         else
             session_reply(s, e->lane->stream, FRAME_DURABLE, seq, sizeof seq);
@@ -218,9 +238,9 @@ static void epoch_end(struct session *s, struct epoch *e, const struct buf *p)
     TAILQ_INSERT_TAIL(&s->pending, e, link);
     s->pending_n++;
     renames_do(s, e);
-    if (!quiet)
-        session_reply(s, e->lane->stream, FRAME_RECEIVED, p->data, 8);
     struct store_txn *txn = e->txn;
+    if (!quiet && store_txn_received(txn, on_received))
+        tell_received(e);
     e->txn = NULL;
     store_txn_commit(txn, on_durable, e);
 }

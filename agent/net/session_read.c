@@ -61,45 +61,66 @@ static struct pin **pin_slot(struct session *s, uint32_t id)
     return NULL;
 }
 
-struct listing {
-    struct session *session;
-    uint32_t stream, number;
-};
-
 static void list_entry(void *arg, const struct frame_entry *e)
 {
-    const struct listing *l = arg;
+    const struct request *r = arg;
     uint8_t payload[sizeof *e + 64];
-    session_reply(l->session, l->stream, FRAME_ENTRY, payload, frame_entry_put(payload, sizeof payload, l->number, e));
+    if (r->session)
+        session_reply(r->session, r->stream, FRAME_ENTRY, payload,
+                      frame_entry_put(payload, sizeof payload, r->number, e));
+}
+
+static void on_listed(void *arg, int err, const char *text)
+{
+    struct request *r = arg;
+    uint8_t payload[4];
+    put_u32(payload, r->number);
+    if (r->session && err < 0)
+        refuse(r->session, r->stream, r->number, err, text);
+    else if (r->session)
+        session_reply(r->session, r->stream, FRAME_LIST_END, payload, sizeof payload);
+    request_free(r);
 }
 
 static void request_list(struct session *s, uint32_t stream, uint32_t number)
 {
-    struct listing l = {.session = s, .stream = stream, .number = number};
-    store_list(s->server->store, list_entry, &l);
-    uint8_t payload[4];
-    put_u32(payload, number);
-    session_reply(s, stream, FRAME_LIST_END, payload, sizeof payload);
+    struct request *r = request_new(s, stream, number, NULL);
+    if (r && store_ask_list(s->server->store, list_entry, on_listed, r) == 0)
+        on_listed(r, 0, "");
+}
+
+static void on_pinned(void *arg, int err, struct store_pin *pin, const struct frame_entry *e, const char *text)
+{
+    struct request *r = arg;
+    struct session *s = r->session;
+    struct pin **slot = s && !err ? pin_slot(s, 0) : NULL, *p = slot ? calloc(1, sizeof *p) : NULL;
+    if (p) {
+        p->id = ++s->last_pin ? s->last_pin : ++s->last_pin;
+        p->pin = pin;
+        *slot = p;
+        uint8_t payload[sizeof *e + 64];
+        size_t len = frame_pinned_put(payload, sizeof payload, r->number, p->id, e);
+        session_reply(s, r->stream, FRAME_PINNED, payload, len);
+    } else if (!err) {
+        store_unpin(pin);
+        err = -ENOBUFS;
+        text = "too many pinned regions on one connection";
+    }
+    if (s && err)
+        refuse(s, r->stream, r->number, err, text);
+    request_free(r);
 }
 
 static void request_pin(struct session *s, uint32_t stream, uint32_t number, const char *name)
 {
+    struct store_pin *pin = NULL;
     struct frame_entry e;
-    struct pin **slot = pin_slot(s, 0), *p = slot ? calloc(1, sizeof *p) : NULL;
-    if (!p) {
-        refuse(s, stream, number, -ENOBUFS, "too many pinned regions on one connection");
+    struct request *r = request_new(s, stream, number, NULL);
+    if (!r)
         return;
-    }
-    int rc = name_fault(name) ? -EINVAL : store_pin(s->server->store, name, &p->pin, &e);
-    if (rc < 0) {
-        free(p);
-        refuse(s, stream, number, rc, rc == -ENOENT ? "no such region" : name_fault(name));
-        return;
-    }
-    p->id = ++s->last_pin ? s->last_pin : ++s->last_pin;
-    *slot = p;
-    uint8_t payload[sizeof e + 64];
-    session_reply(s, stream, FRAME_PINNED, payload, frame_pinned_put(payload, sizeof payload, number, p->id, &e));
+    int rc = name_fault(name) ? -EINVAL : store_ask_pin(s->server->store, name, &pin, &e, on_pinned, r);
+    if (rc != -EINPROGRESS)
+        on_pinned(r, rc, pin, &e, rc == -ENOENT ? "no such region" : name_fault(name));
 }
 
 static bool all_zero(const uint8_t *p, size_t len)

@@ -100,7 +100,7 @@ void txn_discard(struct store_txn *t)
         txn_free(t);
 }
 
-void store_txn_abort(struct store_txn *t)
+void volume_txn_abort(struct store_txn *t)
 {
     t->aborted = true;
     if (!t->spilling) /* else that job's end is its end */
@@ -126,7 +126,7 @@ static bool chain_broken(const struct store *s, const struct store_txn *t)
 
 static void jobs_start(struct store *s);
 
-void store_txn_commit(struct store_txn *t, void (*durable)(void *arg, int err, const char *text), void *arg)
+void volume_txn_commit(struct store_txn *t, void (*durable)(void *arg, int err, const char *text), void *arg)
 {
     struct store *s = t->s;
     char error[STORE_ERROR];

@@ -22,7 +22,7 @@
 #ifndef STORE_INSIDE_H
 #define STORE_INSIDE_H
 
-#include "agent/store/store.h"
+#include "agent/store/seam.h"
 #include "agent/store/volume.h"
 
 #include <pthread.h>
@@ -105,9 +105,9 @@ struct held {
 };
 
 struct store_txn {
-    struct store *s;
+    struct store *s; /* first: see seam.h */
     struct store_txn *next;
-    struct id writer;
+    struct id holder, writer; /* whose leases count; as whose work it is recorded */
     struct store_names names;
     const void *chain;
     void (*spilled)(void *arg, size_t bytes);
@@ -163,7 +163,7 @@ struct journal {
 struct pin_read;
 
 struct store_pin {
-    struct store *s;
+    struct store *s; /* first: see seam.h */
     struct region *r;
     uint64_t size, barrier;
     unsigned jobs; /* that look at it; freed after the last */
@@ -194,6 +194,7 @@ struct waiter {
 };
 
 struct store {
+    const struct store_ops *ops; /* first: see seam.h */
     uv_loop_t *loop;
     uv_async_t wake; /* callbacks that must not come from within a call */
     uv_timer_t retry;
@@ -240,6 +241,35 @@ void store_woken(struct store *s);
 void store_free(struct store *s);
 void store_fail(struct store *s, const char *what, int err);
 uint64_t store_now(void);
+
+/* store.c, table.c, pin.c, checkpoint.c: what this store knows at once. */
+/* -ENOENT, -EINVAL (bad name, or clash such as `a` and `a/b`: text in error when not NULL). State after the last
+ * durable epoch. */
+int store_lookup(struct store *s, const char *name, struct frame_entry *e, struct source *source,
+                 char error[STORE_ERROR]);
+int store_lease(struct store *s, const char *name, const struct id *identity, const char *host, uint64_t *fence,
+                char holder[256]); /* -EBUSY: holder gets who */
+void store_list(struct store *s, store_each *each, void *arg);
+int store_pin(struct store *s, const char *name, struct store_pin **pin, struct frame_entry *e);
+/* Everything durable by now is put into the plain files and synced; the journal is empty after it, if nothing is
+ * committed meanwhile. */
+void store_checkpoint(struct store *s, void (*done)(void *arg), void *arg);
+
+/* The members of volume_store_ops that stand where the rest of their matter does. */
+void volume_lease_drop(struct store *s, const char *name, const struct id *identity);
+void volume_lease_seen(struct store *s, const struct id *identity);
+struct store_txn *volume_txn_new(struct store *s, const struct id *holder, struct store_names names,
+                                 void (*spilled)(void *arg, size_t bytes), void *arg);
+void volume_txn_chain(struct store_txn *t, const void *chain);
+void volume_txn_writer(struct store_txn *t, const struct id *writer);
+int volume_txn_add(struct store_txn *t, uint8_t type, struct buf *payload, char error[STORE_ERROR]);
+void volume_txn_commit(struct store_txn *t, void (*durable)(void *arg, int err, const char *text), void *arg);
+void volume_txn_abort(struct store_txn *t);
+void volume_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len,
+                     void (*done)(void *arg, int err, struct buf *data), void *arg);
+void volume_pin_hash(struct store_pin *pin, uint64_t first, uint32_t count,
+                     void (*done)(void *arg, int err, struct buf *data), void *arg);
+void volume_unpin(struct store_pin *pin);
 
 /* io.c */
 int io_write(int fd, const void *data, size_t len, uint64_t offset);

@@ -302,14 +302,14 @@ static void read_new(struct store_pin *pin, uint64_t offset, uint32_t len, bool 
     store_wake(s);
 }
 
-void store_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len,
-                    void (*done)(void *arg, int err, struct buf *data), void *arg)
+void volume_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len,
+                     void (*done)(void *arg, int err, struct buf *data), void *arg)
 {
     read_new(pin, offset, len, false, done, arg);
 }
 
-void store_pin_hash(struct store_pin *pin, uint64_t first, uint32_t count,
-                    void (*done)(void *arg, int err, struct buf *data), void *arg)
+void volume_pin_hash(struct store_pin *pin, uint64_t first, uint32_t count,
+                     void (*done)(void *arg, int err, struct buf *data), void *arg)
 {
     read_new(pin, first * FRAME_PAGE, count, true, done, arg);
 }
@@ -335,7 +335,7 @@ int store_pin(struct store *s, const char *name, struct store_pin **out, struct 
     return 0;
 }
 
-void store_unpin(struct store_pin *pin)
+void volume_unpin(struct store_pin *pin)
 {
     for (struct store_pin **at = &pin->r->pins; *at; at = &(*at)->next)
         if (*at == pin) {

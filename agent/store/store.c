@@ -68,7 +68,7 @@ static int volume_open(struct volume **out, const char *url, char error[STORE_ER
         return volume_file_open(out, url + 5, error);
     if (!strcmp(url, "mem:"))
         return volume_mem_open(out);
-    static const char *const later[] = {"dir:", "s3:", "redis:", "nbd:", "hub:"};
+    static const char *const later[] = {"dir:", "s3:", "redis:", "nbd:"};
     for (size_t i = 0; i < sizeof later / sizeof *later; i++)
         if (!strncmp(url, later[i], strlen(later[i]))) {
             snprintf(error, STORE_ERROR, "store %.300s: not built; file:DIR and mem: are", url);
@@ -85,6 +85,7 @@ int store_open_with(struct store **out, uv_loop_t *loop, const char *url, const 
     struct store *s = calloc(1, sizeof *s);
     if (!s)
         return -ENOMEM;
+    s->ops = &volume_store_ops;
     s->loop = loop;
     s->limits = *limits;
     s->journal.fd = -1;
@@ -113,7 +114,7 @@ int store_open(struct store **out, uv_loop_t *loop, const char *url, char error[
     return store_open_with(out, loop, url, &usual, error);
 }
 
-void store_close(struct store *s, void (*done)(void *arg), void *arg)
+static void volume_close(struct store *s, void (*done)(void *arg), void *arg)
 {
     s->closing = true;
     s->closed = done;
@@ -121,7 +122,7 @@ void store_close(struct store *s, void (*done)(void *arg), void *arg)
     store_wake(s);
 }
 
-const char *store_dir(const struct store *s)
+static const char *volume_dir(const struct store *s)
 {
     return s->volume->ops->dir(s->volume);
 }
@@ -167,7 +168,7 @@ int store_lookup(struct store *s, const char *name, struct frame_entry *e, struc
     return -ENOENT;
 }
 
-void store_list(struct store *s, void (*each)(void *arg, const struct frame_entry *e), void *arg)
+void store_list(struct store *s, store_each *each, void *arg)
 {
     struct frame_entry *e = malloc(sizeof *e);
     for (size_t i = 0; e && i < s->names_len; i++)
@@ -185,11 +186,11 @@ static const char *no_names(void *arg, uint32_t handle)
     return NULL;
 }
 
-void store_remove(struct store *s, const char *name, const struct id *identity, bool force,
-                  void (*done)(void *arg, int err, const char *text), void *arg)
+static void volume_remove(struct store *s, const char *name, const struct id *identity, bool force,
+                          void (*done)(void *arg, int err, const char *text), void *arg)
 {
     struct name *n = name_find(s, name);
-    struct store_txn *t = store_txn_new(s, identity, (struct store_names){.name_of = no_names}, NULL, NULL);
+    struct store_txn *t = volume_txn_new(s, identity, (struct store_names){.name_of = no_names}, NULL, NULL);
     if (!t)
         abort(); /* see read_new */
     t->chain = t;
@@ -204,5 +205,89 @@ void store_remove(struct store *s, const char *name, const struct id *identity, 
         txn_unbind(t, n);
         n->lease = (struct lease){0};
     }
-    store_txn_commit(t, done, arg);
+    volume_txn_commit(t, done, arg);
 }
+
+/* Fills in what is there under the name; NONE, EXISTS, or BAD. */
+static void attach_look(struct store *s, const char *name, struct frame_attached *to)
+{
+    struct frame_entry e;
+    char error[STORE_ERROR] = "";
+    int rc = store_lookup(s, name, &e, &to->source, error);
+    if (rc == -ENOENT) {
+        to->status = FRAME_ATTACH_NONE;
+    } else if (rc < 0) {
+        to->status = FRAME_ATTACH_BAD;
+        snprintf(to->holder, sizeof to->holder, "%.255s", error);
+    } else {
+        to->status = FRAME_ATTACH_EXISTS;
+        to->lineage = e.lineage;
+        to->writer = e.writer;
+        to->epoch = e.epoch;
+        to->size = e.size;
+    }
+}
+
+static int volume_attach(struct store *s, const struct store_attach *a, struct frame_attached *to,
+                         store_attach_done *done, void *arg)
+{
+    char holder[256] = "";
+    (void)done;
+    (void)arg;
+    attach_look(s, a->name, to);
+    if (to->status == FRAME_ATTACH_BAD || !a->write)
+        return 0;
+    int rc = store_lease(s, a->name, a->identity, a->host, &to->fence, holder);
+    if (!rc)
+        return 0;
+    to->status = rc == -EBUSY ? FRAME_ATTACH_HELD : FRAME_ATTACH_BAD;
+    if (rc == -EBUSY)
+        snprintf(to->holder, sizeof to->holder, "%s", holder);
+    else
+        snprintf(to->holder, sizeof to->holder, "the lease cannot be given: %s", strerror(-rc));
+    return 0;
+}
+
+static bool volume_txn_received(struct store_txn *t, void (*received)(void *arg))
+{
+    (void)t;
+    (void)received;
+    return true;
+}
+
+static int volume_ask_list(struct store *s, store_each *each, void (*done)(void *arg, int err, const char *text),
+                           void *arg)
+{
+    (void)done;
+    store_list(s, each, arg);
+    return 0;
+}
+
+static int volume_ask_pin(struct store *s, const char *name, struct store_pin **pin, struct frame_entry *e,
+                          store_pin_done *done, void *arg)
+{
+    (void)done;
+    (void)arg;
+    return store_pin(s, name, pin, e);
+}
+
+const struct store_ops volume_store_ops = {
+    .close = volume_close,
+    .dir = volume_dir,
+    .attach = volume_attach,
+    .lease_drop = volume_lease_drop,
+    .lease_seen = volume_lease_seen,
+    .txn_new = volume_txn_new,
+    .txn_chain = volume_txn_chain,
+    .txn_writer = volume_txn_writer,
+    .txn_add = volume_txn_add,
+    .txn_received = volume_txn_received,
+    .txn_commit = volume_txn_commit,
+    .txn_abort = volume_txn_abort,
+    .ask_list = volume_ask_list,
+    .ask_pin = volume_ask_pin,
+    .pin_read = volume_pin_read,
+    .pin_hash = volume_pin_hash,
+    .unpin = volume_unpin,
+    .remove = volume_remove,
+};

@@ -13,7 +13,8 @@
  *   - A failing write or fdatasync of the journal: durable(err), and for a failing sync nothing more is acknowledged until reopened (what the kernel has
  *     dropped cannot be known). A full disk fails that epoch only.
  *
- * Two backends, file: and mem:, differ in struct volume (store/volume.h): what a region's file is, and whether there is a journal. */
+ * Implementations fill in the ops of seam.h: the one in this folder, and agent/hub/, whose store is other agents (what is said here of journal and disk, they do).
+ * Two backends of this one, file: and mem:, differ in struct volume (store/volume.h): what a region's file is, and whether there is a journal. */
 #ifndef STORE_STORE_H
 #define STORE_STORE_H
 
@@ -36,19 +37,22 @@ struct store_pin;
 int store_open(struct store **out, uv_loop_t *loop, const char *url, char error[STORE_ERROR]);
 /* Finishes the commits handed in, applies everything, syncs the files and empties the journal, so that the plain files are exact. Then done, then freed. */
 void store_close(struct store *s, void (*done)(void *arg), void *arg);
-/* Everything durable by now is put into the plain files and synced; the journal is empty after it, if nothing is committed meanwhile. */
-void store_checkpoint(struct store *s, void (*done)(void *arg), void *arg);
-/* DIR of a file: store, NULL for mem:. */
+/* DIR of a file: store, NULL for others. */
 const char *store_dir(const struct store *s);
 
-/* -ENOENT, -EINVAL (bad name, or clash such as `a` and `a/b`: text in error when not NULL). State after the last durable epoch. */
-int store_lookup(struct store *s, const char *name, struct frame_entry *e, struct source *source, char error[STORE_ERROR]);
-/* Every region once, in the order of names. */
-void store_list(struct store *s, void (*each)(void *arg, const struct frame_entry *e), void *arg);
-
-/* The writer's lease on a name, whether a region has it or not. Held by an identity, which gets it again at once, until STORE_LEASE_MS after its last
- * connection's end (store_lease_seen keeps it alive). The fence rises with each change of holder, persistently. -EBUSY: holder gets who. */
-int store_lease(struct store *s, const char *name, const struct id *identity, const char *host, uint64_t *fence, char holder[256]);
+/* What is there under a name, after the last durable epoch; and, for `write`, the writer's lease on the name, whether a region has it or not. A lease is held by
+ * an identity, which gets it again at once, until STORE_LEASE_MS after its last connection's end (store_lease_seen keeps it alive). The fence rises with each
+ * change of holder, persistently. All that an ATTACHED says but the handle goes to `to`, a bad name too (FRAME_ATTACH_BAD).
+ * 0: `to` is filled. -EINPROGRESS: others have to be asked first, and `done` is called with the answer; or with a negative errno and a text in to->holder:
+ * nobody there to ask, and no other answer will come. `arg` may be called after the connection of the one who asks has ended. */
+struct store_attach {
+    const char *name, *host; /* host: of the one who asks, for people */
+    const struct id *identity;
+    bool write;
+};
+typedef void store_attach_done(void *arg, int err, const struct frame_attached *to);
+int store_attach(struct store *s, const struct store_attach *a, struct frame_attached *to, store_attach_done *done,
+                 void *arg);
 void store_lease_drop(struct store *s, const char *name, const struct id *identity);
 void store_lease_seen(struct store *s, const struct id *identity); /* its connection lives: called every few seconds, and when it ends */
 
@@ -58,23 +62,35 @@ struct store_names {
     void *arg;
 };
 
-/* error texts of add and commit go to the peer. */
-struct store_txn *store_txn_new(struct store *s, const struct id *writer, struct store_names names, void (*spilled)(void *arg, size_t bytes), void *arg);
+/* holder: whose leases count. Error texts of add and commit go to the peer. -ENOTCONN: this store has nobody left to keep epochs, and the peer is better off
+ * without a connection. */
+struct store_txn *store_txn_new(struct store *s, const struct id *holder, struct store_names names, void (*spilled)(void *arg, size_t bytes), void *arg);
 /* Epochs of one chain (a stream of a session) commit in their order, and once one has failed, those handed in after it until its callback fail too. Without
  * this call the chain is the session: names.arg. */
 void store_txn_chain(struct store_txn *t, const void *chain);
+/* The epoch is recorded as written by this identity (a hub passes it through) instead of the holder's. Before anything is added. */
+void store_txn_writer(struct store_txn *t, const struct id *writer);
 /* type is FRAME_OP, FRAME_REGION or FRAME_PAGES; the payload is held as needed. A negative errno (frame_code_from's) spoils the transaction: it can only be
  * aborted. PAGES bytes are told to `spilled` once they no longer are in memory, or at once (from the loop) while the transaction is small; never after
  * store_txn_abort or `durable`. */
 int store_txn_add(struct store_txn *t, uint8_t type, struct buf *payload, char error[STORE_ERROR]);
+/* Whether all of it is in the memory of whoever keeps it, now, before the commit. If not, `received` is called with the commit's arg when it is, and not after
+ * `durable`. */
+bool store_txn_received(struct store_txn *t, void (*received)(void *arg));
 /* The transaction is the store's now. durable(arg, 0 or negative errno, text). */
 void store_txn_commit(struct store_txn *t, void (*durable)(void *arg, int err, const char *text), void *arg);
 void store_txn_abort(struct store_txn *t);
 
+/* Every region once, in the order of names. 0: all were told. -EINPROGRESS: they will be, and then `done`. */
+typedef void store_each(void *arg, const struct frame_entry *e);
+int store_ask_list(struct store *s, store_each *each, void (*done)(void *arg, int err, const char *text), void *arg);
+
 /* A pinned region reads as its last committed epoch was when pinned, while epochs keep coming: pages about to be overwritten are kept aside, up to a budget
  * (STORE_PIN_BUDGET a pin); beyond it reads answer -ENOBUFS, never a mix. */
 #define STORE_PIN_BUDGET (256u << 20)
-int store_pin(struct store *s, const char *name, struct store_pin **pin, struct frame_entry *e);
+/* 0, or -ENOENT, -EINVAL; or -EINPROGRESS, and done(arg, err, pin, e, text) later. */
+typedef void store_pin_done(void *arg, int err, struct store_pin *pin, const struct frame_entry *e, const char *text);
+int store_ask_pin(struct store *s, const char *name, struct store_pin **pin, struct frame_entry *e, store_pin_done *done, void *arg);
 /* Reads up to the pinned size: short at its end. done(arg, 0 or negative errno, data or NULL); the buf is the callee's. */
 void store_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, void (*done)(void *arg, int err, struct buf *data), void *arg);
 /* XXH3-128 in canonical form of `count` pages of FRAME_PAGE from page `first` on; fewer at the region's end. data is 16 bytes a page. */

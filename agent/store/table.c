@@ -274,14 +274,14 @@ int store_lease(struct store *s, const char *name, const struct id *identity, co
     return 0;
 }
 
-void store_lease_drop(struct store *s, const char *name, const struct id *identity)
+void volume_lease_drop(struct store *s, const char *name, const struct id *identity)
 {
     struct name *n = name_find(s, name);
     if (n && lease_stands(s, n, identity))
         n->lease = (struct lease){0};
 }
 
-void store_lease_seen(struct store *s, const struct id *identity)
+void volume_lease_seen(struct store *s, const struct id *identity)
 {
     struct holder *h = holder_find(s, identity);
     if (h)

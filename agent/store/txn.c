@@ -42,20 +42,25 @@ static int refuse(struct store_txn *t, int err, char error[STORE_ERROR], const c
     return err;
 }
 
-struct store_txn *store_txn_new(struct store *s, const struct id *writer, struct store_names names,
-                                void (*spilled)(void *arg, size_t bytes), void *arg)
+struct store_txn *volume_txn_new(struct store *s, const struct id *holder, struct store_names names,
+                                 void (*spilled)(void *arg, size_t bytes), void *arg)
 {
     struct store_txn *t = calloc(1, sizeof *t);
     if (!t)
         return NULL;
     *t = (struct store_txn){
-        .s = s, .writer = *writer, .names = names, .chain = names.arg, .spilled = spilled, .arg = arg, .spill_fd = -1};
+        .s = s, .holder = *holder, .writer = *holder, .names = names, .chain = names.arg, .spilled = spilled, .arg = arg, .spill_fd = -1};
     return t;
 }
 
-void store_txn_chain(struct store_txn *t, const void *chain)
+void volume_txn_chain(struct store_txn *t, const void *chain)
 {
     t->chain = chain;
+}
+
+void volume_txn_writer(struct store_txn *t, const struct id *writer)
+{
+    t->writer = *writer;
 }
 
 static int slot_at(const struct store_txn *t, uint32_t handle)
@@ -144,7 +149,7 @@ no_memory:
 
 static int lease_check(struct store_txn *t, const struct name *n, char error[STORE_ERROR])
 {
-    if (lease_stands(t->s, n, &t->writer))
+    if (lease_stands(t->s, n, &t->holder))
         return 0;
     return refuse(t, -ESTALE, error,
                   n->lease.holder ? "%.300s is written by %.100s now" : "%.300s is not leased to this writer%.0s",
@@ -226,7 +231,7 @@ static int add_op(struct store_txn *t, const struct buf *b, char error[STORE_ERR
 
 static bool lease_fence(const struct store_txn *t, const struct name *n, uint64_t fence)
 {
-    return n && lease_stands(t->s, n, &t->writer) &&
+    return n && lease_stands(t->s, n, &t->holder) &&
            (fence == n->lease.fence || (n->lease.alias && fence == n->lease.alias));
 }
 
@@ -301,7 +306,7 @@ static int add_pages(struct store_txn *t, struct buf *b, char error[STORE_ERROR]
     return 0;
 }
 
-int store_txn_add(struct store_txn *t, uint8_t type, struct buf *payload, char error[STORE_ERROR])
+int volume_txn_add(struct store_txn *t, uint8_t type, struct buf *payload, char error[STORE_ERROR])
 {
     if (t->err) {
         snprintf(error, STORE_ERROR, "%s", t->error);

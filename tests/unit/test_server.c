@@ -657,7 +657,7 @@ static void pins_are_bounded(void **state)
     struct client *a = client("a");
     created(a, 1, "x", 1, 7);
     uint32_t last = 0;
-    for (unsigned i = 0; i < 64; i++)
+    for (unsigned i = 0; i < 1024; i++)
         last = pin(a, "x", NULL);
     ask_name(a, FRAME_PIN, "x", -1);
     expect_failed(a, 9, request_no, FRAME_E_LIMIT);
