@@ -2,6 +2,7 @@
  * ATTACH to DETACH, so a program that is started meanwhile is not mixed up with it. */
 #include "agent/cli/cli.h"
 #include "agent/cli/peer.h"
+#include "agent/net/pack.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -21,6 +22,8 @@ struct import {
     struct stat before;
     uint64_t fence, frames, bytes;
     struct progress progress;
+    struct packer *packer; /* NULL: pages go as they are */
+    struct pack_sense packing;
 };
 
 static int attach(struct import *m, bool force)
@@ -93,6 +96,12 @@ static int send_pages(struct import *m, uint64_t offset, uint32_t len, int *file
     int rc = peer_window(m->peer, (uint32_t)head + len, &f);
     if (rc > 0)
         return f.type == FRAME_FAILED ? peer_failed(m->peer, &f) : peer_unexpected(m->peer, &f);
+    uint32_t packed;
+    const uint8_t *shorter = rc || !m->packer ? NULL
+                                              : pack(m->packer, &m->packing, payload, (uint32_t)head + len,
+                                                     (uint32_t)head, &packed);
+    if (shorter)
+        return send_counted(m, FRAME_PACKED, shorter, packed);
     return rc ? rc : send_counted(m, FRAME_PAGES, payload, head + len);
 }
 
@@ -211,8 +220,10 @@ int command_import(const struct args *a)
         return cli_fail(CLI_FAILED, "%s cannot be imported: it is no regular file", m.file);
     }
     m.peer = peer_open(a->remote, true);
+    m.packer = m.peer && pack_worth(m.peer->address) ? packer_new() : NULL;
     int code = m.peer ? import(&m, a->force) : CLI_FAILED;
     peer_close(m.peer);
+    packer_free(m.packer);
     close(m.fd);
     return code;
 }

@@ -1,6 +1,7 @@
 #include "agent/cli/peer.h"
 #include "agent/cli/cli.h"
 #include "agent/cli/dial.h"
+#include "agent/net/conn.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -77,8 +78,7 @@ static int send_frame(struct peer *p, uint32_t stream, uint8_t type, const void 
 
 int peer_send(struct peer *p, uint8_t type, const void *payload, size_t len)
 {
-    if (type == FRAME_PAGES)
-        p->window -= (uint32_t)len;
+    p->window -= conn_window(type, payload, (uint32_t)len);
     return send_frame(p, PEER_STREAM, type, payload, len);
 }
 

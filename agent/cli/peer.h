@@ -24,7 +24,7 @@ struct peer {
     int dead; /* negative errno */
     char error[1400];
     char host[256];                  /* the other's own name for itself */
-    uint32_t window;                 /* bytes of PAGES that may go */
+    uint32_t window;                 /* bytes of PAGES that may go, packed or not */
     uint32_t used;                   /* bytes of the frame handed out last */
     uint32_t owed;                   /* window bytes not yet given back */
     uint32_t order;                  /* of the next frame on the one stream */

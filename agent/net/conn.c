@@ -301,7 +301,7 @@ static void on_frame(struct conn *c, const struct frame_header *h, struct buf *p
     }
     if (s->forgotten)
         return;
-    uint32_t window = frame_window(h->type, h->len);
+    uint32_t window = conn_window(h->type, p->data, p->len);
     if (window > s->recv_window) {
         conn_fault(c, -EPROTO, FRAME_E_PROTOCOL, "%s sends beyond its window on stream %u", c->peer, h->stream);
         return;

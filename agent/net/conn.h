@@ -33,6 +33,16 @@ enum conn_priority {
     CONN_PRIORITIES
 }; /* control and demand reads; epochs; bulk */
 
+/* How much of the window a frame uses: PACKED as much as it unpacks to. */
+static inline uint32_t conn_window(uint8_t type, const uint8_t *payload, uint32_t len)
+{
+    if (type == FRAME_PACKED && len >= 4) {
+        uint32_t whole = get_u32(payload) < FRAME_PAYLOAD_MAX ? get_u32(payload) : FRAME_PAYLOAD_MAX;
+        return whole > len ? whole : len; /* one that says less than it brings is refused later, and held until then */
+    }
+    return type == FRAME_PAGES || type == FRAME_DATA || type == FRAME_HASHES || type == FRAME_PACKED ? len : 0;
+}
+
 struct conn;
 
 struct conn_ops {

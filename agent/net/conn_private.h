@@ -97,15 +97,9 @@ static inline size_t out_size(const struct out *o)
     return FRAME_HEADER + (o->payload ? o->payload->len : 0);
 }
 
-/* How much of the window a frame uses. */
-static inline uint32_t frame_window(uint8_t type, uint32_t len)
-{
-    return type == FRAME_PAGES || type == FRAME_DATA || type == FRAME_HASHES ? len : 0;
-}
-
 static inline uint32_t out_window(const struct out *o)
 {
-    return o->payload ? frame_window(o->type, o->payload->len) : 0;
+    return o->payload ? conn_window(o->type, o->payload->data, o->payload->len) : 0;
 }
 
 /* conn.c */

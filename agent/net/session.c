@@ -257,6 +257,7 @@ static void on_frame(void *owner, uint32_t stream, uint8_t type, struct buf *p)
     case FRAME_OP:
     case FRAME_REGION:
     case FRAME_PAGES:
+    case FRAME_PACKED:
     case FRAME_END:
     case FRAME_ABORT:
         session_epoch_frame(s, stream, type, p);

@@ -1,6 +1,7 @@
 /* Epochs of a session: from BEGIN to DURABLE. A failed one is answered at once by FAILED, and what still comes for it
  * up to its END is dropped, its pages credited, so that the stream stays in step; the client's later epochs then fail
  * by the store's own checks. */
+#include "agent/net/pack.h"
 #include "agent/net/server_private.h"
 
 #include <errno.h>
@@ -121,12 +122,11 @@ static int epoch_note(struct epoch *e, const struct buf *p)
     return 0;
 }
 
-static void epoch_add(struct epoch *e, uint8_t type, struct buf *p)
+static void epoch_add(struct epoch *e, uint8_t type, struct buf *p, uint32_t window)
 {
     char error[STORE_ERROR] = "";
     e->frames++;
-    if (type == FRAME_PAGES)
-        e->owed += p->len;
+    e->owed += window;
     if (e->failed) {
         credit(e, e->owed);
         return;
@@ -142,6 +142,17 @@ static void epoch_add(struct epoch *e, uint8_t type, struct buf *p)
         session_end(e->session, rc, error);
     else if (rc < 0)
         epoch_fail(e, rc, error[0] ? error : strerror(-rc));
+}
+
+static void epoch_add_packed(struct session *s, struct epoch *e, const struct buf *p)
+{
+    struct buf *pages = NULL;
+    int rc = unpack(p, &pages);
+    if (rc)
+        session_violated(s, rc == -EPROTO ? "a PACKED that does not unpack to its length" : "no memory for an epoch");
+    else
+        epoch_add(e, FRAME_PAGES, pages, conn_window(FRAME_PACKED, p->data, p->len));
+    buf_drop(pages);
 }
 
 static void renames_do(struct session *s, struct epoch *e)
@@ -262,8 +273,10 @@ void session_epoch_frame(struct session *s, uint32_t stream, uint8_t type, struc
     } else if (type == FRAME_ABORT) {
         epoch_abort(e);
         epoch_free(e);
+    } else if (type == FRAME_PACKED) {
+        epoch_add_packed(s, e, p);
     } else {
-        epoch_add(e, type, p);
+        epoch_add(e, type, p, conn_window(type, p->data, p->len));
     }
 }
 

@@ -7,25 +7,36 @@
 
 #define DELTA_BLOCKS_MAX 20 /* of 32: beyond, a whole page is hardly longer */
 
+#define TABLE_MAX (FRAME_PAGES_HEAD + FRAME_PAGES_ENTRIES * FRAME_PAGES_ENTRY)
+
 struct encoder {
     struct capture *c;
     struct part *part;
+    struct packer *packer; /* NULL: nothing is packed on this link */
     struct frame_extent e[FRAME_PAGES_ENTRIES];
     uint32_t count;
     uint32_t bytes;
-    uint8_t data[FRAME_DATA_MAX];
+    uint8_t room[TABLE_MAX + FRAME_DATA_MAX]; /* the table before the data, in one piece */
 };
 
 struct encoder *encoder_new(struct capture *c)
 {
     struct encoder *b = malloc(sizeof *b);
-    if (b)
-        b->c = c;
+    if (!b)
+        return NULL;
+    b->c = c;
+    b->packer = NULL;
+    if (c->group->link->packs && !(b->packer = packer_new())) {
+        free(b);
+        return NULL;
+    }
     return b;
 }
 
 void encoder_free(struct encoder *b)
 {
+    if (b)
+        packer_free(b->packer);
     free(b);
 }
 
@@ -39,19 +50,29 @@ void encode_flush(struct encoder *b)
 {
     if (!b->count)
         return;
-    size_t table = FRAME_PAGES_HEAD + (size_t)b->count * FRAME_PAGES_ENTRY;
-    struct buf *buf = buf_new(table + b->bytes);
+    uint32_t table = FRAME_PAGES_HEAD + b->count * FRAME_PAGES_ENTRY, len = table + b->bytes, packed;
+    uint8_t type = FRAME_PAGES;
+    uint8_t *plain = b->room + TABLE_MAX - table;
+    const uint8_t *payload = plain, *shorter = NULL;
+    frame_pages_put(plain, table, b->part->handle, b->e, b->count);
+    if (b->packer)
+        shorter = pack(b->packer, &b->part->body->packing, plain, len, table, &packed);
+    if (shorter) {
+        type = FRAME_PACKED;
+        payload = shorter;
+        len = packed;
+    }
+    struct buf *buf = buf_new(len);
     if (!buf) {
         b->c->err = -ENOMEM;
         return;
     }
-    frame_pages_put(buf->data, table, b->part->handle, b->e, b->count);
-    memcpy(buf->data + table, b->data, b->bytes);
-    buf->len = (uint32_t)table + b->bytes;
-    buf->hash = frame_payload_hash(buf->data, buf->len);
+    memcpy(buf->data, payload, len);
+    buf->len = len;
+    buf->hash = frame_payload_hash(buf->data, len);
     buf->hashed = 1;
     b->c->out_part[b->c->nout] = b->part;
-    b->c->out[b->c->nout++] = (struct item){FRAME_PAGES, buf};
+    b->c->out[b->c->nout++] = (struct item){type, buf};
     b->count = b->bytes = 0;
 }
 
@@ -63,7 +84,7 @@ static void encoder_add(struct encoder *b, const struct frame_extent *e, const v
         encode_flush(b);
     b->e[b->count++] = *e;
     if (bytes)
-        memcpy(b->data + b->bytes, data, bytes);
+        memcpy(b->room + TABLE_MAX + b->bytes, data, bytes);
     b->bytes += bytes;
 }
 
@@ -75,7 +96,7 @@ static void encoder_page(struct encoder *b, uint64_t offset, uint32_t len, const
         b->bytes + data <= FRAME_DATA_MAX) {
         last->len += len;
         if (data)
-            memcpy(b->data + b->bytes, page, data);
+            memcpy(b->room + TABLE_MAX + b->bytes, page, data);
         b->bytes += data;
         return;
     }

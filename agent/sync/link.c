@@ -43,6 +43,7 @@ struct link *link_find(struct local *l, const char *address)
         return NULL;
     }
     k->local = l;
+    k->packs = pack_worth(address);
     k->next_stream = OWN_STREAM;
     k->down_since = uv_now(l->loop);
     k->next = l->links;

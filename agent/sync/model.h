@@ -23,6 +23,7 @@
 #include "agent/base/buf.h"
 #include "agent/base/id.h"
 #include "agent/net/conn.h"
+#include "agent/net/pack.h"
 #include "agent/sync/record.h"
 #include "agent/track/track.h"
 #include "agent/track/watch.h"
@@ -80,6 +81,7 @@ struct link {
     struct group *groups;
     struct fetch *fetches;
     bool stopping, stopping_server;
+    bool packs;  /* its bytes leave this host: saving some is worth the time */
     bool broken; /* can never work (bad URL, not built): reason says why */
 };
 
@@ -124,6 +126,7 @@ struct body {
     uint64_t size, min_size; /* size: as last captured. min_size: lowest since */
     struct extents dirty;
     struct hashes published;
+    struct pack_sense packing; /* the running capture's, as `published` is */
     int64_t stat_mtime, stat_ctime, stat_seen; /* ns; of the last look at a file found by hashing */
     struct watch *watch; /* once a use was found by events; NULL before, and where there can be none */
     int64_t killed_at;   /* seconds since 1970 */

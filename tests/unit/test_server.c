@@ -2,6 +2,7 @@
  * with a deadline. */
 #include "agent/base/log.h"
 #include "agent/net/conn.h"
+#include "agent/net/pack.h"
 #include "agent/net/server.h"
 
 #include <arpa/inet.h>
@@ -926,6 +927,70 @@ static void malformed_fails_the_epoch(void **state)
     nothing_visible(a);
 }
 
+/* A PAGES payload of `len` bytes that pack well, packed: `claimed` is the length it gives itself. */
+static void send_packed(struct client *c, uint32_t stream, uint32_t handle, uint64_t offset, uint32_t len, uint32_t claimed, uint32_t more)
+{
+    static uint8_t payload[FRAME_PAYLOAD_MAX];
+    struct frame_extent e = {.offset = offset, .len = len, .kind = FRAME_PAGES_DATA};
+    struct packer *packer = packer_new();
+    struct pack_sense sense = {0};
+    uint32_t head = (uint32_t)frame_pages_put(payload, 64, handle, &e, 1), packed = 0;
+    memset(payload + head, 'm', len);
+    const uint8_t *p = pack(packer, &sense, payload, head + len, head, &packed);
+    assert_non_null(p);
+    struct buf *b = buf_new(packed + more);
+    memcpy(b->data, p, packed);
+    memset(b->data + packed, 0, more);
+    put_u32(b->data, claimed ? claimed : head + len);
+    b->len = packed + more;
+    conn_send(c->conn, stream, FRAME_PACKED, b);
+    packer_free(packer);
+}
+
+/* 300 frames, which unpack to 18 MB: the window, which counts what they unpack to, has to be given back several times. */
+static void packed_pages(void **state)
+{
+    (void)state;
+    struct client *a = client("a");
+    uint64_t fence = created(a, 1, "x", 1, 7);
+    uint8_t expected[4096];
+    begin(a, 2, 2);
+    region(a, 2, 1, 2, fence, 300 * 61440);
+    for (uint64_t i = 0; i < 300; i++)
+        send_packed(a, 2, 1, i * 61440, 61440, 0, 0);
+    end(a, 2, 2, 301);
+    expect_seq(a, 2, FRAME_RECEIVED, 2);
+    expect_seq(a, 2, FRAME_DURABLE, 2);
+    struct frame_entry e;
+    uint32_t p = pin(a, "x", &e);
+    assert_int_equal(e.size, 300 * 61440);
+    memset(expected, 'm', sizeof expected);
+    ask_read(a, p, 299 * 61440 + 4096, 4096);
+    struct buf *b = expect(a, 9, FRAME_DATA);
+    assert_int_equal(b->len, 9 + 4096);
+    assert_memory_equal(b->data + 9, expected, 4096);
+}
+
+static void bad_packing_ends_the_connection(void **state)
+{
+    (void)state;
+    static const uint32_t bad[][2] = {{1, 0}, {8192, 0}, {8000, 0}, {FRAME_PAYLOAD_MAX, 0}, {FRAME_PAYLOAD_MAX + 1, 0}, {UINT32_MAX, 0}, {0, 1}, {0, 30}};
+    struct client *a = client("a");
+    created(a, 1, "x", 1, 7);
+    client_end(a);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        struct client *c = client("a");
+        uint64_t fence = attach(c, 1, "x", true).fence;
+        begin(c, 2, 2);
+        region(c, 2, 1, 2, fence, 65536);
+        send_packed(c, 2, 1, 0, 8192, bad[i][0], bad[i][1]);
+        UNTIL(c->closed);
+        assert_int_equal(c->err, -EPROTO);
+        client_end(c);
+    }
+    nothing_visible(client("a"));
+}
+
 static void unix_listener(void **state)
 {
     (void)state;
@@ -990,6 +1055,8 @@ int main(void)
         BOTH(nonsense_harms_nobody),
         BOTH(order_is_kept),
         BOTH(malformed_fails_the_epoch),
+        BOTH(packed_pages),
+        BOTH(bad_packing_ends_the_connection),
         ON(unix_listener, "mem:"),
     };
     signal(SIGPIPE, SIG_IGN);
