@@ -11,7 +11,7 @@
 #define AT_ONCE_MAPPED (128u << 20) /* scanned in some 60 us, and */
 #define AT_ONCE_READ (128u << 10)   /* read in as much: then the loop does it itself */
 #define AT_ONCE_PARTS 16u
-#define QUEUED_HIGH (8u << 20) /* given to the connection and not yet gone: reading waits */
+#define QUEUED_HIGH (2u << 20) /* given to the connection and not yet gone: reading waits */
 
 static void read_done(void *arg);
 static void scan_done(void *arg);

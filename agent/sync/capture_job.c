@@ -10,9 +10,9 @@
 #include <unistd.h>
 
 #define SLICE_READ (4u << 20) /* bytes that one job looks at, and */
-#define SLICE_OUT 48u         /* frames it makes, at most */
-#define SCRATCH (512u << 10)
-#define RACY_NS 50000000    /* a file's time stamps tell a change only when older than the clock's tick by far */
+#define SLICE_OUT 16u         /* frames it makes, more or less: some 1 MiB, which is sent while it is in the cache */
+#define SCRATCH (128u << 10)  /* likewise */
+#define RACY_NS 50000000      /* a file's time stamps tell a change only when older than the clock's tick by far */
 
 static uint64_t now_us(void)
 {

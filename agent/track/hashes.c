@@ -53,6 +53,8 @@ uint32_t hashes_blocks(struct hashes *h, uint64_t page, const uint8_t *data)
     if (!h->blocks || page >= h->pages)
         return 0;
     uint32_t *of = h->blocks[page].of, known = 0, mask = 0;
+    /* The table's first touch is a write: reading first would map the page of zeros, to be taken back at once. */
+    of[0] = __atomic_exchange_n(&of[0], 0, __ATOMIC_RELAXED);
     for (unsigned i = 0; i < BLOCKS_A_PAGE; i++) {
         uint32_t now = (uint32_t)XXH3_64bits(data + i * BLOCK_BYTES, BLOCK_BYTES);
         known |= of[i];
