@@ -266,6 +266,178 @@ int control_bye_get(const void *p, size_t len, struct control_bye *m)
     return get_end(&r);
 }
 
+static void viewing_put(struct wr *w, const struct control_viewing *v)
+{
+    wr_u8(w, v->mode);
+    wr_u8(w, v->order);
+    wr_u8(w, v->follow);
+    wr_u64(w, v->resident);
+    wr_u64(w, v->fetch_timeout_ms);
+    wr_str(w, v->path);
+    wr_str(w, v->name);
+}
+
+static void viewing_get(struct rd *r, struct control_viewing *v)
+{
+    v->mode = rd_u8(r);
+    v->order = rd_u8(r);
+    v->follow = rd_u8(r);
+    v->resident = rd_u64(r);
+    v->fetch_timeout_ms = rd_u64(r);
+    rd_str(r, v->path, sizeof v->path);
+    rd_str(r, v->name, sizeof v->name);
+    if (v->mode > CONTROL_MODE_MIRROR || v->order > CONTROL_ORDER_NONE || v->follow > 1)
+        r->bad = true;
+}
+
+size_t control_open_put(void *to, size_t cap, const struct control_open *m)
+{
+    struct wr w = begin(to, cap, CONTROL_OPEN);
+    wr_u32(&w, m->slot);
+    wr_u32(&w, m->view);
+    wr_u8(&w, m->look);
+    viewing_put(&w, &m->how);
+    return put_end(&w);
+}
+
+int control_open_get(const void *p, size_t len, struct control_open *m)
+{
+    struct rd r = body(p, len);
+    m->slot = rd_u32(&r);
+    m->view = rd_u32(&r);
+    m->look = rd_u8(&r);
+    viewing_get(&r, &m->how);
+    return m->view && m->look <= 1 ? get_end(&r) : -EPROTO;
+}
+
+size_t control_resume_put(void *to, size_t cap, const struct control_resume *m)
+{
+    struct wr w = begin(to, cap, CONTROL_RESUME);
+    wr_u32(&w, m->slot);
+    wr_u32(&w, m->view);
+    wr_u64(&w, m->epoch);
+    wr_u64(&w, m->size);
+    wr_copy(&w, m->lineage.b, sizeof m->lineage.b);
+    viewing_put(&w, &m->how);
+    return put_end(&w);
+}
+
+int control_resume_get(const void *p, size_t len, struct control_resume *m)
+{
+    struct rd r = body(p, len);
+    m->slot = rd_u32(&r);
+    m->view = rd_u32(&r);
+    m->epoch = rd_u64(&r);
+    m->size = rd_u64(&r);
+    rd_copy(&r, m->lineage.b, sizeof m->lineage.b);
+    viewing_get(&r, &m->how);
+    return m->view && m->epoch && m->size <= INT64_MAX && !id_none(&m->lineage) ? get_end(&r) : -EPROTO;
+}
+
+#define VIEW_PAGE 4096u
+
+static bool pages_good(uint64_t addr, uint64_t len)
+{
+    return range_good(addr, len) && addr % VIEW_PAGE == 0 && len % VIEW_PAGE == 0;
+}
+
+size_t control_view_map_put(void *to, size_t cap, const struct control_view_map *m)
+{
+    struct wr w = begin(to, cap, CONTROL_VIEW_MAP);
+    wr_u32(&w, m->view);
+    wr_u64(&w, m->addr);
+    wr_u64(&w, m->len);
+    wr_u64(&w, m->offset);
+    return put_end(&w);
+}
+
+int control_view_map_get(const void *p, size_t len, struct control_view_map *m)
+{
+    struct rd r = body(p, len);
+    m->view = rd_u32(&r);
+    m->addr = rd_u64(&r);
+    m->len = rd_u64(&r);
+    m->offset = rd_u64(&r);
+    if (!m->view || !pages_good(m->addr, m->len) || m->len > INT64_MAX || m->offset % VIEW_PAGE ||
+        m->offset > (uint64_t)INT64_MAX - m->len)
+        return -EPROTO;
+    return get_end(&r);
+}
+
+size_t control_view_unmap_put(void *to, size_t cap, const struct control_view_unmap *m)
+{
+    struct wr w = begin(to, cap, CONTROL_VIEW_UNMAP);
+    wr_u64(&w, m->addr);
+    wr_u64(&w, m->len);
+    return put_end(&w);
+}
+
+int control_view_unmap_get(const void *p, size_t len, struct control_view_unmap *m)
+{
+    struct rd r = body(p, len);
+    m->addr = rd_u64(&r);
+    m->len = rd_u64(&r);
+    return pages_good(m->addr, m->len) ? get_end(&r) : -EPROTO;
+}
+
+size_t control_advise_put(void *to, size_t cap, const struct control_advise *m)
+{
+    struct wr w = begin(to, cap, CONTROL_ADVISE);
+    wr_u32(&w, m->view);
+    wr_u8(&w, m->advice);
+    wr_u64(&w, m->offset);
+    wr_u64(&w, m->len);
+    return put_end(&w);
+}
+
+int control_advise_get(const void *p, size_t len, struct control_advise *m)
+{
+    struct rd r = body(p, len);
+    m->view = rd_u32(&r);
+    m->advice = rd_u8(&r);
+    m->offset = rd_u64(&r);
+    m->len = rd_u64(&r);
+    if (!m->view || m->advice > CONTROL_ADVICE_WILLNEED || m->len > INT64_MAX || m->offset > (uint64_t)INT64_MAX - m->len)
+        return -EPROTO;
+    return get_end(&r);
+}
+
+size_t control_close_put(void *to, size_t cap, const struct control_close *m)
+{
+    struct wr w = begin(to, cap, CONTROL_CLOSE);
+    wr_u32(&w, m->view);
+    return put_end(&w);
+}
+
+int control_close_get(const void *p, size_t len, struct control_close *m)
+{
+    struct rd r = body(p, len);
+    m->view = rd_u32(&r);
+    return m->view ? get_end(&r) : -EPROTO;
+}
+
+size_t control_view_put(void *to, size_t cap, const struct control_view *m)
+{
+    struct wr w = begin(to, cap, CONTROL_VIEW);
+    wr_u32(&w, m->view);
+    wr_u64(&w, m->size);
+    wr_u64(&w, (uint64_t)m->mtime);
+    wr_u64(&w, m->epoch);
+    wr_copy(&w, m->lineage.b, sizeof m->lineage.b);
+    return put_end(&w);
+}
+
+int control_view_get(const void *p, size_t len, struct control_view *m)
+{
+    struct rd r = body(p, len);
+    m->view = rd_u32(&r);
+    m->size = rd_u64(&r);
+    m->mtime = (int64_t)rd_u64(&r);
+    m->epoch = rd_u64(&r);
+    rd_copy(&r, m->lineage.b, sizeof m->lineage.b);
+    return m->view && m->size <= INT64_MAX ? get_end(&r) : -EPROTO;
+}
+
 size_t control_publish_put(void *to, size_t cap, const struct control_publish *m)
 {
     struct wr w = begin(to, cap, CONTROL_PUBLISH);
