@@ -189,9 +189,10 @@ int frame_begin_get(const void *p, size_t len, struct frame_begin *b)
     struct rd r = rd_over(p, len);
     b->seq = rd_u64(&r);
     b->writer = (struct id){{0}};
-    if (rd_left(&r))
-        rd_copy(&r, b->writer.b, 16);
-    return get_end(&r);
+    if (!rd_left(&r))
+        return get_end(&r);
+    rd_copy(&r, b->writer.b, 16);
+    return id_none(&b->writer) ? -EPROTO : get_end(&r); /* no writer is said by saying none */
 }
 
 size_t frame_region_put(void *to, size_t cap, const struct frame_region *g)

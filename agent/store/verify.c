@@ -109,7 +109,7 @@ static int delta_verify(struct verifying *v, struct part *p, const struct frame_
     struct frame_extent run;
     XXH128_canonical_t sum;
     int err = 0;
-    if (p->created || e->offset + e->len > p->size)
+    if (p->created || e->offset + e->len > p->size || e->offset + e->len > p->min_size) /* cut: no base is left */
         return -EBADMSG;
     uint8_t *page = base_of(v, p->r, e->offset / FRAME_PAGE, &err);
     if (!page)

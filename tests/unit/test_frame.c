@@ -195,6 +195,8 @@ static void test_values(void **state)
     assert_int_equal(frame_begin_get(bytes, n, &is), 0);
     assert_memory_equal(&is, &b, sizeof b);
     assert_int_equal(frame_begin_get(bytes, 23, &is), -EPROTO);
+    memset(bytes + 8, 0, 16); /* a writer that is none is said by not saying it */
+    assert_int_equal(frame_begin_get(bytes, 24, &is), -EPROTO);
 
     struct frame_op o;
     for (unsigned kind = 0; kind < 256; kind++) {

@@ -186,6 +186,29 @@ static void deltas_are_checked_before_they_count(void **state)
     assert_int_equal(kit_write(k, 0, 4, 3 * FRAME_PAGE, 'w'), 0);
 }
 
+/* What is cut first is no base any more, although the page in the file would come out right. */
+static void a_page_that_is_cut_is_no_base(void **state)
+{
+    struct kit *k = *state;
+    uint8_t page[FRAME_PAGE];
+    kit_attach(k, 0, "r");
+    assert_int_equal(kit_write(k, 0, 1, 3 * FRAME_PAGE, 'x'), 0);
+    memset(page, 'x', sizeof page);
+    memset(page, 'y', 128);
+    for (uint64_t min = FRAME_PAGE; min <= 2 * FRAME_PAGE; min += FRAME_PAGE / 2) {
+        struct store_txn *t = kit_txn(k);
+        assert_int_equal(kit_region(k, t, 0, 2, min, 3 * FRAME_PAGE), 0);
+        assert_int_equal(kit_delta(k, t, 0, 1, 1, 'y', page), 0);
+        assert_int_equal(kit_commit(k, t), min < 2 * FRAME_PAGE ? -EBADMSG : 0);
+    }
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(kit_byte(k, "r", FRAME_PAGE), 'y');
+        assert_int_equal(kit_byte(k, "r", FRAME_PAGE + 128), 'x');
+        assert_int_equal(kit_byte(k, "r", 2 * FRAME_PAGE), 0);
+        again(k);
+    }
+}
+
 /* Epochs that come while one is being committed go together: each delta's base is then in memory only. The last one is
  * wrong and fails alone. */
 static void deltas_of_one_batch_build_on_each_other(void **state)
@@ -514,6 +537,7 @@ int main(void)
         BOTH(lowest_size_cuts),
         BOTH(zeros_and_clipping),
         BOTH(deltas_are_checked_before_they_count),
+        BOTH(a_page_that_is_cut_is_no_base),
         BOTH(deltas_of_one_batch_build_on_each_other),
         BOTH(rename_replaces),
         BOTH(unlink_and_create_anew),
