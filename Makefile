@@ -2,6 +2,7 @@
 # make deps       Debian packages that building, the demo and the tests need (only what is missing; needs root or sudo)
 # make demo       a small LMDB database replicated, before your eyes
 # make check      every test that fits in a few minutes; sets up what it needs
+# make fuzz SECONDS=60    parsers and sessions against what nobody would send
 # make check-long | check-sanitize | bench
 # make bench-hashes   hash algorithms and PAGEMAP_SCAN: a table and plots in build/bench/results
 # make install PREFIX=/usr/local DESTDIR=
@@ -27,6 +28,7 @@ SHIM := $(wildcard shim/*.c) wire/control.c wire/name.c
 AGENT := $(wildcard agent/base/*.c agent/track/*.c agent/sync/*.c agent/store/*.c agent/net/*.c) $(WIRE)
 CLI := $(wildcard agent/cli/*.c)
 UNIT := $(wildcard tests/unit/*.c)
+FUZZ := frame step server
 PROGRAMS := $(filter-out bench/hashes.c,$(wildcard tests/programs/*.c tests/faults/*.c bench/*.c))
 
 shim_objects := $(SHIM:%.c=$(BUILD)/shim.o/%.o)
@@ -34,6 +36,7 @@ agent_objects := $(AGENT:%.c=$(BUILD)/o/%.o)
 cli_objects := $(CLI:%.c=$(BUILD)/o/%.o)
 units := $(UNIT:tests/unit/%.c=$(BUILD)/tests/unit/%)
 programs := $(PROGRAMS:%.c=$(BUILD)/%)
+fuzzers := $(FUZZ:%=$(BUILD)/tests/fuzz/%)
 
 all: $(BUILD)/libmemsync_preload.so $(BUILD)/memsync-agent $(BUILD)/memsync
 
@@ -64,6 +67,13 @@ $(BUILD)/tests/unit/%: $(BUILD)/o/tests/unit/%.o $(agent_objects) $(BUILD)/shim.
 	$(call say,LINK,$@)
 	@mkdir -p $(@D)
 	$(Q)$(CC) -o $@ $^ $(AGENT_LIBS) -lcmocka
+
+# Fuzz targets bring their own parts; see `make fuzz` for the compiler and flags that all of it wants.
+$(BUILD)/tests/fuzz/server: $(BUILD)/o/tests/fuzz/world.o $(BUILD)/o/tests/fuzz/model.o
+$(BUILD)/tests/fuzz/%: $(BUILD)/o/tests/fuzz/%.o $(agent_objects) $(BUILD)/shim.o/shim/rules.o
+	$(call say,LINK,$@)
+	@mkdir -p $(@D)
+	$(Q)$(CC) -fsanitize=fuzzer -o $@ $^ $(AGENT_LIBS)
 
 # The prefix is compiled in where one part looks for another: a changed one makes these anew.
 $(shell mkdir -p $(BUILD); echo '$(PREFIX)' | cmp -s - $(BUILD)/prefix || echo '$(PREFIX)' >$(BUILD)/prefix)
@@ -97,6 +107,7 @@ demo:
 check:
 	@tests/deps.sh build check
 	@$(MAKE) --no-print-directory tests
+	@$(MAKE) --no-print-directory fuzzers
 	@BUILD=$(BUILD) tests/run.sh
 
 # 200 rounds of kills and cuts, where `check` has 20.
@@ -110,6 +121,18 @@ check-sanitize:
 	@tests/deps.sh build check
 	@$(MAKE) --no-print-directory BUILD=build-sanitize OPT='-O1 -g' SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=undefined' tests
 	@BUILD=build-sanitize tests/run.sh unit faults
+
+# Parsers and sessions against bytes that nobody would send: all targets, SECONDS together (tests/fuzz/run.sh).
+SECONDS ?= 60
+fuzz:
+	@tests/deps.sh build check
+	@$(MAKE) --no-print-directory fuzzers
+	@BUILD=build-fuzz tests/fuzz/run.sh all $(SECONDS)
+
+fuzzers:
+	@$(MAKE) --no-print-directory BUILD=build-fuzz CC=clang OPT='-O1 -g -fno-omit-frame-pointer' \
+		SANITIZE='-fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined' fuzz-targets
+fuzz-targets: $(fuzzers)
 
 bench:
 	@tests/deps.sh build check
@@ -137,5 +160,5 @@ uninstall:
 clean:
 	rm -rf $(BUILD)
 
-.PHONY: all tests deps demo check install uninstall clean check-long check-sanitize bench bench-hashes
+.PHONY: all tests fuzz fuzzers fuzz-targets deps demo check install uninstall clean check-long check-sanitize bench bench-hashes
 .SECONDARY:

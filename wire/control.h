@@ -2,8 +2,7 @@
  * descriptors beside it by SCM_RIGHTS. This header is the specification's normative half; control.md tells the story.
  *
  * A message is u8 type, then its fields, integers big-endian. The agent answers HELLO with WELCOME or REFUSED; whatever names a slot is answered in
- * shared memory (wire/shared.h); everything else is not answered. OPEN and RESUME are answered by a VIEW besides, on the socket and before their slot. What
- * goes wrong inside the agent comes as a NOTICE for the user's terminal.
+ * shared memory (wire/shared.h); everything else is not answered. What goes wrong inside the agent comes as a NOTICE for the user's terminal.
  * A connection that ends without BYE is a program that died: what it had mapped for writing is hashed before it is published again. */
 #ifndef WIRE_CONTROL_H
 #define WIRE_CONTROL_H
@@ -12,7 +11,7 @@
 #include "wire/bytes.h"
 #include "wire/name.h"
 
-#define CONTROL_VERSION 2u
+#define CONTROL_VERSION 1u
 #define CONTROL_MAX 20480u /* bytes in a message */
 #define CONTROL_PATH 4096u
 #define CONTROL_FDS 3u
@@ -40,15 +39,6 @@ enum control_type {
     CONTROL_NOTICE,
     CONTROL_TEXT,
     CONTROL_RESULT,
-    /* views of remote regions: shim -> agent, all after UFFD */
-    CONTROL_OPEN,
-    CONTROL_RESUME,    /* fds: the view's memfd, its struct view */
-    CONTROL_VIEW_MAP,
-    CONTROL_VIEW_UNMAP,
-    CONTROL_ADVISE,
-    CONTROL_CLOSE,
-    /* agent -> shim */
-    CONTROL_VIEW,      /* fds: the view's memfd, its struct view; none to a look */
     CONTROL_TYPES
 };
 
@@ -141,66 +131,6 @@ struct control_bye {
     uint32_t slot;
 };
 
-/* What rules and variables say about one view, and what of them the agent has built. */
-enum control_mode { CONTROL_MODE_PULL, CONTROL_MODE_MIRROR };
-enum control_order { CONTROL_ORDER_FAULT, CONTROL_ORDER_LINEAR, CONTROL_ORDER_RECORDED, CONTROL_ORDER_NONE };
-struct control_viewing {
-    uint8_t mode, order;       /* of the enums above */
-    uint8_t follow;            /* 0: the epoch it was opened at */
-    uint64_t resident;         /* bytes of memory; 0: no bound */
-    uint64_t fetch_timeout_ms; /* MEMSYNC_FETCH_TIMEOUT; 0: for ever */
-    char path[CONTROL_PATH], name[NAME_CAP];
-};
-
-/* The program opens a path that presents a remote region, or (look) asks what is there without opening it. `view` is the shim's number, of this process, not
- * 0; a look's is that of no open view. Answered by VIEW, then in the slot: 0, -ENOENT when there is no such region, -EOPNOTSUPP for what is not built,
- * -ETIMEDOUT when the remote could not be asked in time, other negative errnos for what a NOTICE tells. Without 0 there is no VIEW. */
-struct control_open {
-    uint32_t slot, view;
-    uint8_t look;
-    struct control_viewing how;
-};
-
-/* A view this process has already, of an agent that is gone, or inherited by fork or exec: the agent knows the memfd by its device and inode, or takes it
- * over. No look. Answered as OPEN is, without descriptors; -ESTALE when the epoch is not to be had any more: what was not fetched is poisoned. */
-struct control_resume {
-    uint32_t slot, view;
-    uint64_t epoch, size;
-    struct id lineage;
-    struct control_viewing how;
-};
-
-/* [addr, addr + len) shows the view from `offset` on, and is registered (MISSING) with the process's userfaultfd already. All multiples of the page. */
-struct control_view_map {
-    uint32_t view;
-    uint64_t addr, len, offset;
-};
-
-/* Nothing of a view is at [addr, addr + len) any more. */
-struct control_view_unmap {
-    uint64_t addr, len;
-};
-
-enum control_advice { CONTROL_ADVICE_NORMAL, CONTROL_ADVICE_RANDOM, CONTROL_ADVICE_SEQUENTIAL, CONTROL_ADVICE_WILLNEED };
-struct control_advise {
-    uint32_t view;
-    uint8_t advice;
-    uint64_t offset, len;
-};
-
-/* The last descriptor and mapping of the view are gone in this process. */
-struct control_close {
-    uint32_t view;
-};
-
-struct control_view {
-    uint32_t view;
-    uint64_t size;
-    int64_t mtime;  /* when its epoch was committed: seconds since 1970-01-01 UTC */
-    uint64_t epoch;
-    struct id lineage;
-};
-
 struct control_publish {
     char name[NAME_CAP]; /* "" for all */
 };
@@ -242,20 +172,6 @@ size_t control_sync_put(void *to, size_t cap, const struct control_sync *m);
 int control_sync_get(const void *p, size_t len, struct control_sync *m);
 size_t control_bye_put(void *to, size_t cap, const struct control_bye *m);
 int control_bye_get(const void *p, size_t len, struct control_bye *m);
-size_t control_open_put(void *to, size_t cap, const struct control_open *m);
-int control_open_get(const void *p, size_t len, struct control_open *m);
-size_t control_resume_put(void *to, size_t cap, const struct control_resume *m);
-int control_resume_get(const void *p, size_t len, struct control_resume *m);
-size_t control_view_map_put(void *to, size_t cap, const struct control_view_map *m);
-int control_view_map_get(const void *p, size_t len, struct control_view_map *m);
-size_t control_view_unmap_put(void *to, size_t cap, const struct control_view_unmap *m);
-int control_view_unmap_get(const void *p, size_t len, struct control_view_unmap *m);
-size_t control_advise_put(void *to, size_t cap, const struct control_advise *m);
-int control_advise_get(const void *p, size_t len, struct control_advise *m);
-size_t control_close_put(void *to, size_t cap, const struct control_close *m);
-int control_close_get(const void *p, size_t len, struct control_close *m);
-size_t control_view_put(void *to, size_t cap, const struct control_view *m);
-int control_view_get(const void *p, size_t len, struct control_view *m);
 size_t control_publish_put(void *to, size_t cap, const struct control_publish *m);
 int control_publish_get(const void *p, size_t len, struct control_publish *m);
 size_t control_watch_put(void *to, size_t cap, const struct control_watch *m);

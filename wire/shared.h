@@ -1,9 +1,8 @@
-/* Memory that a program's shim and its local agent share. Host byte order: it never leaves the machine. Three kinds, each a memfd handed
- * over the control socket; the first two are made by the shim, the third by the agent:
+/* Memory that a program's shim and its local agent share. Host byte order: it never leaves the machine. Two kinds, each a memfd made by the shim and handed
+ * over the control socket:
  *
  * - struct shared, one a process: where its threads wait for the agent's answers, without a lock and without reading the socket.
  * - struct marks, one for each file the process writes by calls: which pages, how small it was cut. Made at the first such call.
- * - struct view, one a view of a remote region: what the shim has to know of it without asking. Every process that has the view maps the same.
  *
  * Marks and captures. A writing call marks its pages before the raw call and again after it, then leaves `calls`. The agent takes marks by exchanging
  * words with 0, summary first, and reads the file after. So a mark taken while the call copies comes back when it ends; and a process killed in between is
@@ -14,7 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SHARED_VERSION 2u
+#define SHARED_VERSION 1u
 #define SHARED_SLOTS 256u
 
 /* A slot: the shim takes a free one (FREE -> WAITING by compare and exchange), sends a request that names it, waits on `state` as a futex. The agent stores
@@ -32,16 +31,6 @@ struct shared {
     uint32_t calls;    /* writing calls under way (between begin and end marks), over all threads */
     uint32_t beats;    /* the agent adds one at least every second while it lives: the shim's own limit for a stuck agent counts from the last */
     struct shared_slot slots[SHARED_SLOTS];
-};
-
-/* Read-only to shims. A page of the view's memfd that was seen to be there (touched through a mapping that userfaultfd watches) may be read by a system
- * call, which must be made again when `punches` is another number after it than before the touch, or was odd: pages were taken away meanwhile, and what was
- * read may be the zeros of a hole. */
-struct view {
-    uint32_t version; /* SHARED_VERSION */
-    int32_t failed;   /* 0, or the negative errno of why some of its pages cannot be had any more; once set it stays */
-    uint64_t size;
-    uint64_t punches; /* odd: pages are being taken away */
 };
 
 #define MARKS_PAGE 4096u

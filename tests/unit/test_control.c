@@ -79,59 +79,6 @@ static void bye_fill(void *m)
     ((struct control_bye *)m)->slot = 255;
 }
 
-static void viewing_fill(struct control_viewing *v)
-{
-    *v = (struct control_viewing){.mode = CONTROL_MODE_MIRROR,
-                                  .order = CONTROL_ORDER_NONE,
-                                  .follow = 1,
-                                  .resident = 1 << 28,
-                                  .fetch_timeout_ms = 30000,
-                                  .path = "/m/x",
-                                  .name = "data/x"};
-}
-
-static void open_fill(void *m)
-{
-    struct control_open *o = m;
-    *o = (struct control_open){.slot = 3, .view = 4, .look = 1};
-    viewing_fill(&o->how);
-}
-
-static void resume_fill(void *m)
-{
-    struct control_resume *r = m;
-    *r = (struct control_resume){.slot = 3, .view = 4, .epoch = 5, .size = 6, .lineage = {{7, [15] = 8}}};
-    viewing_fill(&r->how);
-}
-
-static void view_map_fill(void *m)
-{
-    *(struct control_view_map *)m =
-        (struct control_view_map){.view = 2, .addr = 0x7f0000000000, .len = 1 << 20, .offset = 4096};
-}
-
-static void view_unmap_fill(void *m)
-{
-    *(struct control_view_unmap *)m = (struct control_view_unmap){.addr = 0x7f0000000000, .len = 8192};
-}
-
-static void advise_fill(void *m)
-{
-    *(struct control_advise *)m =
-        (struct control_advise){.view = 2, .advice = CONTROL_ADVICE_WILLNEED, .offset = 3, .len = 4};
-}
-
-static void close_fill(void *m)
-{
-    ((struct control_close *)m)->view = 9;
-}
-
-static void view_fill(void *m)
-{
-    *(struct control_view *)m =
-        (struct control_view){.view = 1, .size = 2, .mtime = -3, .epoch = 4, .lineage = {{5, [15] = 6}}};
-}
-
 static void publish_fill(void *m)
 {
     strcpy(((struct control_publish *)m)->name, "data/x.mdb");
@@ -165,13 +112,6 @@ CODEC_PLAIN(control, release)
 CODEC_PLAIN(control, name)
 CODEC_PLAIN(control, sync)
 CODEC_PLAIN(control, bye)
-CODEC_PLAIN(control, open)
-CODEC_PLAIN(control, resume)
-CODEC_PLAIN(control, view_map)
-CODEC_PLAIN(control, view_unmap)
-CODEC_PLAIN(control, advise)
-CODEC_PLAIN(control, close)
-CODEC_PLAIN(control, view)
 CODEC_PLAIN(control, publish)
 CODEC_PLAIN(control, watch)
 CODEC_PLAIN(control, welcome)
@@ -196,13 +136,6 @@ static const struct {
     {CODEC(control, name), CONTROL_NAME},     {CODEC(control, sync), CONTROL_SYNC},
     {CODEC(control, bye), CONTROL_BYE},       {CODEC(control, publish), CONTROL_PUBLISH},
     {CODEC(control, watch), CONTROL_WATCH},   {CODEC(control, welcome), CONTROL_WELCOME},
-    {CODEC(control, open), CONTROL_OPEN},
-    {CODEC(control, resume), CONTROL_RESUME},
-    {CODEC(control, view_map), CONTROL_VIEW_MAP},
-    {CODEC(control, view_unmap), CONTROL_VIEW_UNMAP},
-    {CODEC(control, advise), CONTROL_ADVISE},
-    {CODEC(control, close), CONTROL_CLOSE},
-    {CODEC(control, view), CONTROL_VIEW},
     {CODEC(control, text), CONTROL_RESULT},
 };
 #define CODECS (sizeof codecs / sizeof *codecs)
@@ -323,77 +256,6 @@ static void test_ranges(void **state)
     assert_int_equal(retire_with(4096, 4096), 0);
 }
 
-static int view_map_with(uint32_t view, uint64_t addr, uint64_t len, uint64_t offset)
-{
-    uint8_t bytes[64];
-    struct control_view_map m = {.view = view, .addr = addr, .len = len, .offset = offset};
-    return control_view_map_get(bytes, control_view_map_put(bytes, sizeof bytes, &m), &m);
-}
-
-static int advise_with(uint8_t advice, uint64_t offset, uint64_t len)
-{
-    uint8_t bytes[64];
-    struct control_advise m = {.view = 1, .advice = advice, .offset = offset, .len = len};
-    return control_advise_get(bytes, control_advise_put(bytes, sizeof bytes, &m), &m);
-}
-
-static void test_view_ranges(void **state)
-{
-    (void)state;
-    assert_int_equal(view_map_with(1, 4096, 4096, 0), 0);
-    assert_int_equal(view_map_with(0, 4096, 4096, 0), -EPROTO);
-    assert_int_equal(view_map_with(1, 4097, 4096, 0), -EPROTO);
-    assert_int_equal(view_map_with(1, 4096, 4095, 0), -EPROTO);
-    assert_int_equal(view_map_with(1, 4096, 0, 0), -EPROTO);
-    assert_int_equal(view_map_with(1, 4096, 4096, 1), -EPROTO);
-    assert_int_equal(view_map_with(1, 4096, 4096, INT64_MAX - 4095), -EPROTO);
-    assert_int_equal(view_map_with(1, 4096, 4096, (uint64_t)INT64_MAX + 1 - 8192), 0);
-    assert_int_equal(view_map_with(1, UINT64_MAX - 4095, 4096, 0), -EPROTO);
-    assert_int_equal(advise_with(CONTROL_ADVICE_WILLNEED, 1, INT64_MAX - 1), 0);
-    assert_int_equal(advise_with(CONTROL_ADVICE_WILLNEED + 1, 0, 1), -EPROTO);
-    assert_int_equal(advise_with(0, 1, INT64_MAX), -EPROTO);
-    assert_int_equal(advise_with(0, UINT64_MAX, 1), -EPROTO);
-}
-
-static int open_with(uint32_t view, uint8_t look, uint8_t mode, uint8_t order, uint8_t follow)
-{
-    static uint8_t bytes[CONTROL_MAX];
-    static struct control_open m;
-    open_fill(&m);
-    m.view = view;
-    m.look = look;
-    m.how.mode = mode;
-    m.how.order = order;
-    m.how.follow = follow;
-    return control_open_get(bytes, control_open_put(bytes, sizeof bytes, &m), &m);
-}
-
-static int resume_with(uint64_t epoch, uint64_t size, uint8_t lineage)
-{
-    static uint8_t bytes[CONTROL_MAX];
-    static struct control_resume m;
-    resume_fill(&m);
-    m.epoch = epoch;
-    m.size = size;
-    m.lineage = (struct id){{lineage}};
-    return control_resume_get(bytes, control_resume_put(bytes, sizeof bytes, &m), &m);
-}
-
-static void test_view_values(void **state)
-{
-    (void)state;
-    assert_int_equal(open_with(1, 0, 0, 0, 0), 0);
-    assert_int_equal(open_with(0, 0, 0, 0, 0), -EPROTO);
-    assert_int_equal(open_with(1, 2, 0, 0, 0), -EPROTO);
-    assert_int_equal(open_with(1, 0, CONTROL_MODE_MIRROR + 1, 0, 0), -EPROTO);
-    assert_int_equal(open_with(1, 0, 0, CONTROL_ORDER_NONE + 1, 0), -EPROTO);
-    assert_int_equal(open_with(1, 0, 0, 0, 2), -EPROTO);
-    assert_int_equal(resume_with(1, INT64_MAX, 1), 0);
-    assert_int_equal(resume_with(0, 1, 1), -EPROTO);
-    assert_int_equal(resume_with(1, (uint64_t)INT64_MAX + 1, 1), -EPROTO);
-    assert_int_equal(resume_with(1, 1, 0), -EPROTO);
-}
-
 static int name_with(uint8_t kind, uint8_t phase, uint8_t ack, uint8_t initial)
 {
     static uint8_t bytes[CONTROL_MAX];
@@ -484,7 +346,6 @@ int main(void)
         cmocka_unit_test(test_round_trips),   cmocka_unit_test(test_types),   cmocka_unit_test(test_damage),
         cmocka_unit_test(test_bytes),         cmocka_unit_test(test_ranges),  cmocka_unit_test(test_values),
         cmocka_unit_test(test_other_version), cmocka_unit_test(test_largest), cmocka_unit_test(test_socket_path),
-        cmocka_unit_test(test_view_ranges),   cmocka_unit_test(test_view_values),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
