@@ -1,14 +1,16 @@
-/* A connection between agents: frames of many streams over one socket, with priorities, windows, heartbeats and
- * checksums. Loop thread only.
+/* A connection between agents: frames of many streams over a bundle of sockets, with priorities, windows, heartbeats
+ * and checksums. Loop thread only.
  *
  * States: dialling (client only) -> greeting (our HELLO is out, theirs awaited) -> open -> closed. `closed` is told
  * exactly once, from the loop, never from within a call to this module; the conn is freed after it. A connection that
- * is silent for CONN_SILENCE_MS (PINGs go out in between) is closed with -ETIMEDOUT. It never reconnects: that is its
- * owner's decision.
+ * is silent for CONN_SILENCE_MS (PINGs go out in between) is closed with -ETIMEDOUT, and so
+ * is one of whose sockets one is. It never reconnects: that is its owner's decision.
  *
  * Sending: each stream has a queue of frames; the next frame to go is of the most urgent stream that has one and whose
  * window lets it go (round-robin among equals). Only a little is given to the kernel at a time, so that an urgent frame
- * waits behind at most CONN_AHEAD bytes. Payloads are not copied.
+ * waits behind at most CONN_AHEAD bytes. Bulk streams go over further sockets once there are some: a dialled connection
+ * opens one when a stream is first set to CONN_BULK, and more when the path is too long for one socket's buffers. A
+ * stream's frames arrive in their order whatever they go over. Payloads are not copied.
  *
  * Receiving: a data-bearing frame (PAGES, DATA, HASHES) uses up the peer's window on its stream; the owner gives it
  * back with conn_credit once it has put the bytes somewhere. A peer that sends beyond its window is closed with
@@ -23,8 +25,10 @@
 #include <uv.h>
 
 #define CONN_SILENCE_MS 10000u
-#define CONN_AHEAD (256u << 10)
+#define CONN_AHEAD (64u << 10)
 #define CONN_STREAMS_MAX 4096u
+#define CONN_SOCKETS 5u            /* of one connection */
+#define CONN_EARLY_MAX (64u << 20) /* bytes of frames that may wait here for those before them, and 128 for each */
 
 enum conn_priority {
     CONN_URGENT,
@@ -33,14 +37,13 @@ enum conn_priority {
     CONN_PRIORITIES
 }; /* control and demand reads; epochs; bulk */
 
-/* How much of the window a frame uses: PACKED as much as it unpacks to. */
+/* How much of the window a frame uses: PACKED as much as it unpacks to, and no less than it brings. */
 static inline uint32_t conn_window(uint8_t type, const uint8_t *payload, uint32_t len)
 {
-    if (type == FRAME_PACKED && len >= 4) {
-        uint32_t whole = get_u32(payload) < FRAME_PAYLOAD_MAX ? get_u32(payload) : FRAME_PAYLOAD_MAX;
-        return whole > len ? whole : len; /* one that says less than it brings is refused later, and held until then */
-    }
-    return type == FRAME_PAGES || type == FRAME_DATA || type == FRAME_HASHES || type == FRAME_PACKED ? len : 0;
+    size_t whole = type == FRAME_PACKED ? frame_packed_length(payload, len) : 0;
+    return whole > len ? (uint32_t)whole
+           : type == FRAME_PAGES || type == FRAME_DATA || type == FRAME_HASHES || type == FRAME_PACKED ? len
+                                                                                                       : 0;
 }
 
 struct conn;
@@ -54,6 +57,9 @@ struct conn_ops {
                     uint32_t stream); /* the stream's queue fell under CONN_LOW bytes after having been above */
     void (*closed)(void *owner, int err,
                    const char *why); /* err negative errno; 0: conn_close was called, or the peer closed in order */
+    /* Servers: the connection that the token names (conn_has_token), or NULL: a socket just taken is to JOIN it. This
+     * conn is then closed with 0. NULL where none can join. */
+    struct conn *(*join)(void *owner, const struct id *token);
 };
 #define CONN_LOW (1u << 20)
 
@@ -61,8 +67,7 @@ struct conn_ops {
  * `closed`. */
 struct conn *conn_dial(uv_loop_t *loop, const char *addr, const struct frame_hello *self, const struct conn_ops *ops,
                        void *owner);
-/* Takes over an accepted stream handle (uv_tcp_t or uv_pipe_t, heap-allocated, freed by conn). client: whether to
- * number streams and speak first as one; both sides greet. */
+/* Takes over an accepted stream handle (uv_tcp_t or uv_pipe_t, heap-allocated, freed by conn). Both sides greet. */
 struct conn *conn_take(uv_stream_t *stream, const struct frame_hello *self, const struct conn_ops *ops, void *owner);
 
 /* Queues a frame: the payload's reference is taken over (NULL payload: none). Never fails visibly: on a closing
@@ -78,6 +83,9 @@ void conn_forget(struct conn *c, uint32_t stream); /* sends CLOSE, drops the que
 void conn_close(struct conn *c, bool flush, uint16_t code, const char *text);
 void conn_set_silence(struct conn *c, unsigned ms); /* instead of CONN_SILENCE_MS; tests are in a hurry */
 const char *conn_peer(const struct conn *c);        /* "host:port", "unix:..." for messages */
+bool conn_has_token(const struct conn *c,
+                    const struct id *token); /* the one our HELLO told; takes equally long for any */
+unsigned conn_sockets(const struct conn *c); /* open ones */
 uint64_t conn_bytes_out(const struct conn *c);
 uint64_t conn_bytes_in(const struct conn *c);
 

@@ -311,7 +311,17 @@ static void on_closed(void *owner, int err, const char *why)
     server_look(server);
 }
 
-static const struct conn_ops ops = {.open = on_open, .frame = on_frame, .drained = on_drained, .closed = on_closed};
+static struct conn *on_join(void *owner, const struct id *token)
+{
+    struct session *s = owner, *one;
+    TAILQ_FOREACH(one, &s->server->sessions, link)
+    if (one != s && conn_has_token(one->conn, token))
+        return one->conn;
+    return NULL;
+}
+
+static const struct conn_ops ops = {
+    .open = on_open, .frame = on_frame, .drained = on_drained, .closed = on_closed, .join = on_join};
 
 int session_new(struct server *server, uv_stream_t *stream)
 {

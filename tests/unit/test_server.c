@@ -108,7 +108,7 @@ static void on_closed(void *owner, int err, const char *why)
     snprintf(c->why, sizeof c->why, "%s", why);
 }
 
-static const struct conn_ops ops = {on_open, on_frame, on_drained, on_closed};
+static const struct conn_ops ops = {on_open, on_frame, on_drained, on_closed, NULL};
 
 static struct client *client(const char *host)
 {
@@ -762,6 +762,7 @@ static void bulk(void **state)
     end(a, 2, 1, frames + 23);
     expect_seq(a, 2, FRAME_RECEIVED, 1);
     expect_seq(a, 2, FRAME_DURABLE, 1);
+    assert_int_equal(conn_sockets(a->conn), 2);
     uint32_t p = pin(a, "big", NULL);
     for (unsigned i = 0; i < frames; i += 40)
         expect_hashes(a, p, (uint64_t)i * 15, 15, i % 80 ? 3 : 4);
