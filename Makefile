@@ -29,7 +29,7 @@ AGENT := $(wildcard agent/base/*.c agent/track/*.c agent/sync/*.c agent/store/*.
 CLI := $(wildcard agent/cli/*.c)
 UNIT := $(wildcard tests/unit/*.c)
 FUZZ := frame step server
-PROGRAMS := $(filter-out bench/hashes.c,$(wildcard tests/programs/*.c tests/faults/*.c bench/*.c))
+PROGRAMS := $(filter-out bench/hashes.c bench/reads.c bench/packing.c,$(wildcard tests/programs/*.c tests/faults/*.c bench/*.c))
 
 shim_objects := $(SHIM:%.c=$(BUILD)/shim.o/%.o)
 agent_objects := $(AGENT:%.c=$(BUILD)/o/%.o)
@@ -91,6 +91,12 @@ $(BUILD)/bench/hashes: bench/hashes.c
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(FLAGS) $(shell pkg-config --cflags libxxhash libcrypto) -o $@ $< $(shell pkg-config --libs libxxhash libcrypto)
 
+# Those that speak the protocol, or measure a part of the agent, link it.
+$(BUILD)/bench/reads $(BUILD)/bench/packing: $(BUILD)/bench/%: $(BUILD)/o/bench/%.o $(agent_objects)
+	$(call say,LINK,$@)
+	@mkdir -p $(@D)
+	$(Q)$(CC) -o $@ $^ $(AGENT_LIBS)
+
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 
 tests: all $(units) $(programs)
@@ -135,8 +141,8 @@ fuzzers:
 fuzz-targets: $(fuzzers)
 
 bench:
-	@tests/deps.sh build check
-	@$(MAKE) --no-print-directory tests
+	@tests/deps.sh build check bench
+	@$(MAKE) --no-print-directory tests $(BUILD)/bench/reads $(BUILD)/bench/packing
 	@BUILD=$(BUILD) bench/run.sh
 
 bench-hashes:
