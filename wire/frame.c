@@ -1,7 +1,7 @@
 #include "wire/frame.h"
+#include "agent/base/xxh3.h"
 
 #include <errno.h>
-#include <xxhash.h>
 
 #define MAGIC 0x4d53u
 

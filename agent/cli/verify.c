@@ -5,6 +5,7 @@
  * each time against an epoch published after the look before, and only what differs every time is reported. The fewer
  * there are, the shorter the time in which a program can come in between. */
 #include "agent/cli/cli.h"
+#include "agent/base/xxh3.h"
 #include "agent/cli/local.h"
 #include "agent/cli/peer.h"
 
@@ -16,7 +17,6 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #define OUTSTANDING 16u
 #define LOCAL_BYTES ((size_t)FRAME_HASHES_MAX * FRAME_PAGE)

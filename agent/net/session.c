@@ -5,11 +5,11 @@
 #include "agent/net/server_private.h"
 
 #include "agent/base/log.h"
+#include "agent/base/xxh3.h"
 
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <xxhash.h>
 
 void session_reply(struct session *s, uint32_t stream, uint8_t type, const void *payload, size_t len)
 {

@@ -20,6 +20,7 @@
  *
  * Writing into blocks that were written before changes no metadata, so the fdatasync writes data only. */
 #include "agent/store/inside.h"
+#include "agent/base/xxh3.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -27,7 +28,6 @@
 #include <stdlib.h>
 #include <sys/uio.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #define MAGIC 0x4d534a52u
 #define VERSION 1u

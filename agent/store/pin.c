@@ -4,12 +4,12 @@
 #include "agent/store/inside.h"
 
 #include "agent/base/job.h"
+#include "agent/base/xxh3.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #define COPY_STEP (256u << 10)
 

@@ -12,13 +12,13 @@
 #include "agent/store/inside.h"
 
 #include "agent/base/log.h"
+#include "agent/base/xxh3.h"
 
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #define MAGIC 0x4d534d54u
 #define VERSION 1u

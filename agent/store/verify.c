@@ -5,13 +5,13 @@
  * spilled, creating or cutting epoch, or much data) is waited for instead: commit.c keeps the batch apart
  * (bases_simple). */
 #include "agent/store/inside.h"
+#include "agent/base/xxh3.h"
 
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #define BUCKETS 512u
 #define SIMPLE_BYTES (256u << 10)

@@ -5,6 +5,7 @@
  * is a server of our own, over the store in that directory, at the other end of a socket pair: nothing else differs. */
 #include "agent/sync/model.h"
 #include "agent/base/log.h"
+#include "agent/base/xxh3.h"
 #include "agent/net/server.h"
 #include "agent/store/store.h"
 
@@ -13,7 +14,6 @@
 #include <stdlib.h>
 #include <sys/socket.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #define BACKOFF_MIN_MS 100u
 #define BACKOFF_MAX_MS 5000u

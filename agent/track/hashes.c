@@ -1,10 +1,10 @@
 #include "agent/track/hashes.h"
+#include "agent/base/xxh3.h"
 #include "agent/track/extents.h"
 
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <xxhash.h>
 
 struct page_hash page_hash_of(const uint8_t *page)
 {
