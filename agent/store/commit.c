@@ -455,9 +455,13 @@ static void applied(struct store *s, struct store_txn *t)
     s->unapplied_memory -= t->memory;
     for (size_t i = 0; i < t->bindings_len; i++)
         t->bindings[i].name->pending--;
-    for (size_t i = 0; i < t->parts_len; i++)
-        if (s->volume->ops->lasting && t->parts[i]->stated && t->parts[i]->r->bound)
-            region_dirty(s, t->parts[i]->r);
+    for (size_t i = 0; i < t->parts_len; i++) {
+        struct part *p = t->parts[i];
+        if (p->stated)
+            p->r->applied = p->epoch;
+        if (s->volume->ops->lasting && p->stated && p->r->bound)
+            region_dirty(s, p->r);
+    }
     if (t->spill_fd >= 0) {
         struct spill_mark *m = malloc(sizeof *m);
         if (m) { /* else the file stays until the next start */
@@ -629,6 +633,7 @@ void store_pump(struct store *s)
     if (s->finishing)
         return;
     queue_check(s);
+    spills_resume(s);
     jobs_start(s);
     const struct journal *j = &s->journal;
     bool full = s->retrying || s->unsaved;

@@ -2,6 +2,7 @@
  *
  *   table.c    names, regions, leases          txn.c         frames into transactions    spill.c  large ones
  *   journal.c  records on disk                 record.c      transactions <-> bytes of a record
+ *   copy.c     moved pages made plain
  *   commit.c   queue and batches               checkpoint.c  files and table synced      apply.c  transactions into
  * files pin.c      pre-images and reads            recover.c     the saved table; opening    io.c     whole reads and
  * writes store.c    the calls of store.h that answer from memory; opening
@@ -41,6 +42,7 @@ struct region {
     struct id lineage;
     struct source source;
     struct figures head, durable;
+    uint64_t applied;     /* number of the epoch that its file has */
     struct name *bound;   /* the name whose durable region it is */
     struct region *chain; /* of by_file */
     bool dirty;           /* on the store's dirty list */
@@ -82,6 +84,8 @@ struct part {
     struct name *from;  /* where it was found; NULL when created */
     struct name *under; /* whose name it had when its REGION came */
     uint64_t base;      /* its epoch before */
+    uint64_t base_size; /* and size */
+    uint64_t copies;    /* pages moved within it */
     uint64_t epoch, fence, min_size, size;
 };
 
@@ -101,6 +105,7 @@ struct slot {
 
 struct held {
     uint32_t part;
+    uint32_t copies; /* COPY entries in it */
     struct buf *buf;
 };
 
@@ -122,6 +127,8 @@ struct store_txn {
     size_t memory, withheld, credit;
     bool crediting; /* on the store's list of credits to give */
     struct store_txn *next_credit;
+    bool waiting; /* on the store's list of those that cannot be spilled yet */
+    struct store_txn *next_waiting;
     uint64_t data; /* bytes of pages, in memory and spilled */
 
     uint64_t spill; /* number of its spill file, 0: none */
@@ -210,6 +217,7 @@ struct store {
 
     struct txns queue, applying, refused;
     struct store_txn *credits;
+    struct store_txn *waiting; /* for their bases to be in the files (copy.c) */
     size_t memory;
     uint64_t batch_no;
     bool committing, apply_busy, checkpointing, want_checkpoint;
@@ -339,6 +347,7 @@ struct bases;
 struct bases *bases_new(void);
 void bases_free(struct bases *b);
 bool bases_simple(const struct store_txn *t); /* it can be laid over a page: others must be in the files first */
+int region_page(struct store *s, struct region *r, uint64_t page, uint8_t *to); /* filled up with zeros; -errno */
 int apply_verify(struct store *s, struct bases *b, struct store_txn *t, bool more, char error[STORE_ERROR]);
 int apply_txn(struct store *s, struct store_txn *t, const struct pinned *pinned);
 int name_apply(struct store *s, const char *name, uint64_t file); /* file 0: the name is no more */
@@ -351,6 +360,14 @@ void txn_credit(struct store_txn *t, size_t bytes); /* tells `spilled`, from the
 void txn_uncredit(struct store_txn *t);
 size_t txn_limit(const struct store_txn *t);
 void spill_start(struct store_txn *t); /* if it is time */
+void spill_unwait(struct store_txn *t);
+void spills_resume(struct store *s); /* looks again at those that wait */
+
+/* copy.c */
+typedef int copies_put(void *arg, const uint8_t *payload, uint32_t len);
+/* Gives the frame as PAGES payloads without COPY. -EBADMSG: a page is not what its COPY says. Pool thread. */
+int copies_expand(struct store *s, struct part *p, const struct buf *b, copies_put *put, void *arg);
+const char *copy_fault(const struct part *p, const struct frame_extent *e); /* why it cannot be taken; NULL: it can */
 
 /* checkpoint.c */
 void checkpoint_start(struct store *s, bool last);

@@ -328,8 +328,11 @@ int store_recover(struct store *s, char error[STORE_ERROR])
         return say(s, "the regions' names cannot be shown", err, error);
     for (size_t i = 0; i < s->names_len; i++) {
         s->names[i]->head = s->names[i]->durable;
-        if (s->names[i]->durable)
-            s->names[i]->durable->head = s->names[i]->durable->durable;
+        struct region *r = s->names[i]->durable;
+        if (!r)
+            continue;
+        r->head = r->durable;
+        r->applied = r->durable.epoch;
     }
     s->generation++;
     s->durable_no = s->applied_no;

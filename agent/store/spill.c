@@ -4,8 +4,9 @@
  * 1 to 4 MiB a job, one job at a time: those of regions that it creates straight into their file, others into its spill
  * file. Writing to the disk is begun with each job, so that little is left to wait for at the commit. Windows are
  * opened (`spilled`) at once while the transaction is small, and beyond that only as memory is freed. At the commit the
- * rest goes the same way: nothing of a large epoch passes through the journal but its head. If the process dies before
- * that record is whole, the next start removes the files, which nothing names. */
+ * rest goes the same way, and so does all of one with moved pages, however small (copy.c): nothing of a large epoch
+ * passes through the journal but its head. If the process dies before that record is whole, the next start removes the
+ * files, which nothing names. */
 #include "agent/store/inside.h"
 
 #include "agent/base/job.h"
@@ -64,7 +65,7 @@ struct spill_job {
     struct store_txn *t;
     struct part **parts;
     struct held *held;
-    size_t len, bytes;
+    size_t len, bytes, room; /* room: what they become */
     uint64_t spilled; /* bytes appended to the spill file */
     int err;
 };
@@ -119,36 +120,51 @@ static int spill_direct(struct store *s, struct part *p, const struct buf *b, st
     return frame_extents(p, b->data, b->len, PAGES_WHOLE, direct_extent, w);
 }
 
+/* Where a frame's payloads go. */
+struct append {
+    struct spill_job *j;
+    struct written *w;
+    uint32_t part;
+};
+
+static int append(void *arg, const uint8_t *payload, uint32_t len)
+{
+    struct append *a = arg;
+    struct store_txn *t = a->j->t;
+    uint8_t head[SPILL_HEAD];
+    put_u32(head, a->part);
+    put_u32(head + 4, len);
+    uint64_t at = t->spill_len + a->j->spilled;
+    written_turn(t->s, a->w, t->spill_fd);
+    written_add(a->w, at, SPILL_HEAD + len);
+    a->j->spilled += SPILL_HEAD + len;
+    int err = io_write(t->spill_fd, head, SPILL_HEAD, at);
+    return err ? err : io_write(t->spill_fd, payload, len, at + SPILL_HEAD);
+}
+
+static int spill_held(struct spill_job *j, size_t i, struct written *w)
+{
+    struct store_txn *t = j->t;
+    struct store *s = t->s;
+    struct part *p = j->parts[i];
+    const struct held *h = &j->held[i];
+    if (p->created)
+        return spill_direct(s, p, h->buf, w);
+    if (t->spill_fd < 0 && (t->spill_fd = s->volume->ops->spill_open(s->volume, t->spill, true)) < 0)
+        return t->spill_fd;
+    struct append a = {.j = j, .w = w, .part = h->part};
+    return h->copies ? copies_expand(s, p, h->buf, append, &a) : append(&a, h->buf->data, h->buf->len);
+}
+
 static void spill_work(void *arg)
 {
     struct spill_job *j = arg;
-    struct store_txn *t = j->t;
-    struct store *s = t->s;
+    struct store *s = j->t->s;
     struct written w = {.fd = -1};
-    if (s->volume->ops->space(s->volume) < j->bytes + STORE_TABLE_ROOM)
+    if (s->volume->ops->space(s->volume) < j->room + STORE_TABLE_ROOM)
         j->err = -ENOSPC;
-    for (size_t i = 0; i < j->len && !j->err; i++) {
-        struct part *p = j->parts[i];
-        const struct buf *b = j->held[i].buf;
-        if (p->created) {
-            j->err = spill_direct(s, p, b, &w);
-            continue;
-        }
-        if (t->spill_fd < 0 && (t->spill_fd = s->volume->ops->spill_open(s->volume, t->spill, true)) < 0) {
-            j->err = t->spill_fd;
-            break;
-        }
-        uint8_t head[SPILL_HEAD];
-        put_u32(head, j->held[i].part);
-        put_u32(head + 4, b->len);
-        uint64_t at = t->spill_len + j->spilled;
-        written_turn(s, &w, t->spill_fd);
-        written_add(&w, at, SPILL_HEAD + b->len);
-        j->err = io_write(t->spill_fd, head, SPILL_HEAD, at);
-        if (!j->err)
-            j->err = io_write(t->spill_fd, b->data, b->len, at + SPILL_HEAD);
-        j->spilled += SPILL_HEAD + b->len;
-    }
+    for (size_t i = 0; i < j->len && !j->err; i++)
+        j->err = spill_held(j, i, &w);
     written_start(s, &w);
     store_step("spill");
 }
@@ -168,7 +184,10 @@ static void spill_done(void *arg)
     if (j->err && !t->err) {
         t->err = j->err;
         const char *dir = s->volume->ops->dir(s->volume);
-        snprintf(t->error, STORE_ERROR, "%.250s cannot take a large epoch: %s", dir ? dir : "mem:", strerror(-j->err));
+        if (j->err == -EBADMSG)
+            snprintf(t->error, STORE_ERROR, "a moved page is not what its writer has: whole pages are needed");
+        else
+            snprintf(t->error, STORE_ERROR, "%.250s cannot take a large epoch: %s", dir ? dir : "mem:", strerror(-j->err));
     }
     free(j->parts);
     free(j->held);
@@ -195,10 +214,44 @@ static size_t rests(const struct store_txn *t)
     return t->committed ? 0 : limit < SPILL_LEAST ? limit : SPILL_LEAST;
 }
 
+/* A frame of moved pages needs their base in the region's file (copy.c). */
+static bool must_wait(const struct store_txn *t, const struct held *h)
+{
+    const struct part *p = t->parts[h->part];
+    return h->copies && p->r->applied < p->base;
+}
+
+void spill_unwait(struct store_txn *t)
+{
+    for (struct store_txn **at = &t->s->waiting; t->waiting && *at; at = &(*at)->next_waiting)
+        if (*at == t) {
+            *at = t->next_waiting;
+            t->waiting = false;
+            return;
+        }
+}
+
+void spills_resume(struct store *s)
+{
+    struct store_txn *all = s->waiting;
+    s->waiting = NULL;
+    for (struct store_txn *t; (t = all);) {
+        all = t->next_waiting;
+        t->waiting = false;
+        spill_start(t);
+    }
+}
+
 void spill_start(struct store_txn *t)
 {
-    if (t->spilling || t->aborted || t->err || t->memory <= rests(t))
+    if (t->spilling || t->aborted || t->err || t->memory <= rests(t) || t->waiting)
         return;
+    if (must_wait(t, &t->held[t->held_first])) {
+        t->waiting = true;
+        t->next_waiting = t->s->waiting;
+        t->s->waiting = t;
+        return;
+    }
     struct spill_job *j = calloc(1, sizeof *j);
     size_t most = t->held_len - t->held_first, n = 0;
     if (j) {
@@ -208,10 +261,11 @@ void spill_start(struct store_txn *t)
     }
     if (!j || !j->parts || !j->held)
         goto out;
-    for (; n < most && j->bytes < SPILL_CHUNK; n++) {
+    for (; n < most && j->room < SPILL_CHUNK && !must_wait(t, &t->held[t->held_first + n]); n++) {
         j->held[n] = t->held[t->held_first + n];
         struct part *p = j->parts[n] = t->parts[j->held[n].part];
         j->bytes += j->held[n].buf->len;
+        j->room += j->held[n].buf->len + (size_t)j->held[n].copies * FRAME_PAGE;
         if (p->created)
             p->direct = true;
         else if (!t->spill)

@@ -105,8 +105,12 @@ static int part_add(struct store_txn *t, struct region *r, struct name *from)
     struct part *p = malloc(sizeof *p);
     if (!p)
         return -ENOMEM;
-    *p = (struct part){
-        .r = region_hold(r), .created = !from, .from = from, .base = from ? r->head.epoch : 0, .min_size = UINT64_MAX};
+    *p = (struct part){.r = region_hold(r),
+                       .created = !from,
+                       .from = from,
+                       .base = from ? r->head.epoch : 0,
+                       .base_size = from ? r->head.size : 0,
+                       .min_size = UINT64_MAX};
     parts[t->parts_len] = p;
     return (int)t->parts_len++;
 }
@@ -269,22 +273,39 @@ static int add_region(struct store_txn *t, const struct buf *b, char error[STORE
     return 0;
 }
 
+/* What kinds of entries the frame has, before anything is held of it. */
+static int pages_look(struct store_txn *t, struct part *p, struct frame_pages pages, uint32_t *copies,
+                      char error[STORE_ERROR])
+{
+    for (struct frame_extent e; frame_pages_next(&pages, &e);) {
+        t->deltas |= e.kind == FRAME_PAGES_DELTA;
+        t->zeros += e.kind == FRAME_PAGES_ZEROS ? e.len : 0;
+        if (e.kind != FRAME_PAGES_COPY)
+            continue;
+        const char *fault = copy_fault(p, &e);
+        if (fault)
+            return refuse(t, -EPROTO, error, "%s", fault);
+        p->copies++;
+        *copies += 1;
+        t->large = true;
+        t->data += FRAME_PAGE;
+    }
+    return 0;
+}
+
 static int add_pages(struct store_txn *t, struct buf *b, char error[STORE_ERROR])
 {
     struct frame_pages pages;
     if (frame_pages_get(b->data, b->len, &pages))
         return refuse(t, -EPROTO, error, "malformed PAGES");
-    struct frame_pages all = pages;
-    for (struct frame_extent e; frame_pages_next(&all, &e);) {
-        if (e.kind == FRAME_PAGES_COPY)
-            return refuse(t, -EPROTO, error, "moved pages are not taken");
-        t->deltas |= e.kind == FRAME_PAGES_DELTA;
-        t->zeros += e.kind == FRAME_PAGES_ZEROS ? e.len : 0;
-    }
     int i = slot_at(t, pages.handle);
     if ((size_t)i >= t->slots_len || t->slots[i].handle != pages.handle || t->slots[i].part < 0 ||
         !t->parts[t->slots[i].part]->stated)
         return refuse(t, -EPROTO, error, "PAGES of handle %u before its REGION", pages.handle);
+    uint32_t copies = 0;
+    int err = pages_look(t, t->parts[t->slots[i].part], pages, &copies, error);
+    if (err)
+        return err;
     if (t->held_len == t->held_cap && t->held_first > t->held_len / 2) {
         t->held_len -= t->held_first;
         memmove(t->held, t->held + t->held_first, t->held_len * sizeof *t->held);
@@ -294,7 +315,7 @@ static int add_pages(struct store_txn *t, struct buf *b, char error[STORE_ERROR]
     if (!held)
         return refuse(t, -ENOMEM, error, "no memory for the epoch's pages");
     t->held = held;
-    held[t->held_len++] = (struct held){.part = (uint32_t)t->slots[i].part, .buf = buf_hold(b)};
+    held[t->held_len++] = (struct held){.part = (uint32_t)t->slots[i].part, .copies = copies, .buf = buf_hold(b)};
     t->memory += b->len;
     t->s->memory += b->len;
     t->data += rd_left(&pages.data);
@@ -339,6 +360,8 @@ int frame_extents(struct part *p, const void *payload, size_t len, enum pages_vi
     struct frame_extent e, run;
     int err = frame_pages_get(payload, len, &pages);
     while (!err && frame_pages_next(&pages, &e)) {
+        if (e.kind == FRAME_PAGES_COPY && view != PAGES_RAW)
+            return -EIO; /* made plain before anything is done with it */
         bool delta = e.kind == FRAME_PAGES_DELTA;
         uint32_t at = 0;
         if (view == PAGES_RAW)
@@ -526,6 +549,7 @@ void txn_free(struct store_txn *t)
 {
     struct store *s = t->s;
     txn_uncredit(t);
+    spill_unwait(t);
     for (size_t i = t->held_first; i < t->held_len; i++)
         buf_drop(t->held[i].buf);
     s->memory -= t->memory;

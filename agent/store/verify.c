@@ -56,7 +56,7 @@ bool bases_simple(const struct store_txn *t)
     return !t->spill_len && t->data + t->zeros <= SIMPLE_BYTES;
 }
 
-static int page_read(struct store *s, struct region *r, uint64_t page, uint8_t *to)
+int region_page(struct store *s, struct region *r, uint64_t page, uint8_t *to)
 {
     size_t have = 0;
     pthread_rwlock_rdlock(&r->lock);
@@ -91,7 +91,7 @@ static uint8_t *base_of(struct verifying *v, struct region *r, uint64_t page, in
         if (b->region == r && b->page == page)
             return b->data;
     struct base *b = malloc(sizeof *b);
-    *err = b ? page_read(v->s, r, page, b->data) : -ENOMEM;
+    *err = b ? region_page(v->s, r, page, b->data) : -ENOMEM;
     if (*err) {
         free(b);
         return NULL;

@@ -67,6 +67,8 @@ static void parts_free(struct capture *c)
         free(p->marks);
         extents_free(&p->found);
         extents_free(&p->todo);
+        extents_free(&p->published);
+        moves_free(p->moves);
         body_drop(p->body);
     }
     free(c->parts);
@@ -352,6 +354,7 @@ static bool begin_reading(struct capture *c)
         if (p->cut >= b->size)
             p->cut = UINT64_MAX; /* it never was smaller than it is there */
         p->announce = p->cut != UINT64_MAX || p->size != b->size || (b->created && !b->epoch) || b->moved;
+        p->plain = b->plain;
         b->moved = false;
         b->min_size = UINT64_MAX;
         b->size = p->size;

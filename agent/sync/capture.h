@@ -22,6 +22,7 @@
 #define SYNC_CAPTURE_H
 
 #include "agent/sync/model.h"
+#include "agent/sync/moves.h"
 
 struct part {
     struct region *region;
@@ -46,7 +47,10 @@ struct part {
     size_t extent;
     uint64_t at, from_size, cut;
     uint64_t todo_bytes, looked; /* looked: of these, so far; written by the job, atomically */
-    bool prepared, announce, moved;
+    bool prepared, announce;
+    bool plain, movable; /* neither deltas nor moves; moves are looked for */
+    struct moves *moves;      /* once a page was to go whole */
+    struct extents published; /* pages sent before that, whose hashes are this epoch's */
 };
 
 enum capture_phase { CAPTURE_SCANNING, CAPTURE_READING, CAPTURE_PAUSED };

@@ -131,6 +131,14 @@ static void read_run(struct capture *c, struct encoder *b, uint8_t *scratch, uin
     }
 }
 
+/* What the epoch before left can be named as a source, if there was one, and this one does not cut it. */
+static bool may_move(const struct capture *c, const struct part *p)
+{
+    uint64_t look = extents_bytes(&p->todo) / PAGE;
+    return c->pass == 1 && !p->plain && p->body->epoch && p->cut == UINT64_MAX && look >= MOVES_LEAST &&
+           look >= p->size / PAGE / MOVES_SHARE;
+}
+
 static void prepare_part(struct capture *c, struct part *p)
 {
     p->prepared = true;
@@ -143,6 +151,7 @@ static void prepare_part(struct capture *c, struct part *p)
     extents_settle(&p->todo, p->size);
     if (p->todo.lost)
         c->err = -ENOMEM;
+    p->movable = may_move(c, p);
     p->at = p->todo.count ? p->todo.at[0].start : 0;
 }
 

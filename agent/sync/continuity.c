@@ -167,8 +167,11 @@ void group_failed(struct group *g, uint64_t seq, uint16_t code, const char *text
         return;
     }
     again_later(g);
-    if (code == FRAME_E_DELTA)
-        resync(g); /* the queue's deltas rest on a page that is not what we took it for */
-    else if (code != FRAME_E_LINEAGE)
+    if (code == FRAME_E_DELTA) { /* the queue rests on a page that is not what we took it for */
+        for (struct region *r = g->regions; r; r = r->next_group)
+            if (r->body)
+                r->body->plain = true;
+        resync(g);
+    } else if (code != FRAME_E_LINEAGE)
         group_degrade(g, "the remote cannot commit: %s", text);
 }

@@ -62,6 +62,7 @@ void encode_flush(struct encoder *b)
         payload = shorter;
         len = packed;
     }
+    b->count = b->bytes = 0;
     struct buf *buf = buf_new(len);
     if (!buf) {
         b->c->err = -ENOMEM;
@@ -73,7 +74,6 @@ void encode_flush(struct encoder *b)
     buf->hashed = 1;
     b->c->out_part[b->c->nout] = b->part;
     b->c->out[b->c->nout++] = (struct item){type, buf};
-    b->count = b->bytes = 0;
 }
 
 static void encoder_add(struct encoder *b, const struct frame_extent *e, const void *data, uint32_t bytes)
@@ -119,6 +119,26 @@ static bool encoder_delta(struct encoder *b, uint64_t offset, const uint8_t *pag
     return true;
 }
 
+/* A page that stood elsewhere in the region. */
+static bool encoder_copy(struct encoder *b, uint64_t offset, struct page_hash h)
+{
+    struct part *p = b->part;
+    uint64_t source;
+    uint8_t copy[FRAME_COPY_BYTES];
+    if (!p->movable)
+        return false;
+    if (!p->moves && !p->published.lost)
+        p->moves = moves_new(&p->body->published, p->from_size / PAGE, &p->published);
+    p->movable = p->moves;
+    if (!p->moves || !moves_find(p->moves, h, &source))
+        return false;
+    put_u64(copy, source * PAGE);
+    put_u64(copy + 8, h.hi);
+    put_u64(copy + 16, h.lo);
+    encoder_add(b, &(struct frame_extent){.offset = offset, .len = PAGE, .kind = FRAME_PAGES_COPY}, copy, sizeof copy);
+    return true;
+}
+
 /* A delta's base is what the epoch before left: so not for a page that was nothing then, and not in an epoch's later
  * pass, where the page may have been sent already. */
 void encode_page(struct encoder *b, uint64_t offset, const uint8_t *data, struct page_hash h)
@@ -128,13 +148,17 @@ void encode_page(struct encoder *b, uint64_t offset, const uint8_t *data, struct
     struct page_hash old = hashes_get(published, page);
     bool zeros = !h.lo && !h.hi, based = (old.lo || old.hi) && !page_hash_same(old, HASH_UNKNOWN);
     uint32_t mask = 0;
+    b->c->pages++;
     if (left >= PAGE && !zeros)
         mask = hashes_blocks(published, page, data);
     else
         hashes_forget_blocks(published, page);
+    bool sent = based && b->c->pass == 1 && !b->part->plain && encoder_delta(b, offset, data, h, mask);
+    if (!sent && left >= PAGE && !zeros)
+        sent = encoder_copy(b, offset, h); /* before this page's hash is this epoch's */
+    if (b->part->movable && !b->part->moves)
+        extents_add(&b->part->published, offset, offset + PAGE);
     hashes_set(published, page, h);
-    b->c->pages++;
-    if (based && b->c->pass == 1 && encoder_delta(b, offset, data, h, mask))
-        return;
-    encoder_page(b, offset, left < PAGE ? (uint32_t)left : PAGE, data, zeros);
+    if (!sent)
+        encoder_page(b, offset, left < PAGE ? (uint32_t)left : PAGE, data, zeros);
 }

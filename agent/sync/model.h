@@ -123,6 +123,7 @@ struct body {
     bool moved;        /* renamed since the last capture: its number goes up with the name */
     bool unknown, refetch,
         killed; /* refetch: the published hashes are not right any more. killed: a program died with stores unseen */
+    bool plain; /* the remote's page was not what a delta or a move rests on: whole pages until an epoch is durable */
     uint64_t size, min_size; /* size: as last captured. min_size: lowest since */
     struct extents dirty;
     struct hashes published;

@@ -145,9 +145,12 @@ void group_pop_durable(struct group *g)
 {
     struct epoch *e = g->queue;
     g->queue = e->next;
-    for (size_t i = 0; i < e->ntouched; i++)
-        if (e->touched[i].number > e->touched[i].body->durable)
-            e->touched[i].body->durable = e->touched[i].number;
+    for (size_t i = 0; i < e->ntouched; i++) {
+        struct body *b = e->touched[i].body;
+        b->plain = false;
+        if (e->touched[i].number > b->durable)
+            b->durable = e->touched[i].number;
+    }
     epoch_free(e);
 }
 

@@ -4,7 +4,7 @@
 # timeout: 120
 . "$(dirname "$0")/../lib.sh"
 
-cases=(text/map text/write random/map random/write small import)
+cases=(text/map text/write random/map random/write small import moved/map/file moved/map/memory moved/write/file moved/write/memory moved/write/here)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 requires lz4
 size=$((8 << 20))
@@ -63,6 +63,33 @@ small) # one page in which 64 bytes changed goes as its blocks
     wire text map touch touch
     at_most "$(went touch)" 600 "64 bytes"
     end_all
+    ;;
+moved/*) # random, so that packing cannot be what saves
+    IFS=/ read -r _ how store <<<"$1"
+    case $store in
+    file) start_remote ;;
+    memory) start_remote mem: ;;
+    here) REMOTE=file:$T/other ;;
+    esac
+    wire random "$how" insert insert remove swap twice touch insert
+    for step in insert remove swap twice; do
+        at_most "$(went $step)" $((size / 20)) "$step"
+    done
+    at_most "$(went touch)" 600 "64 bytes after moves"
+    stop_local
+    case $store in
+    file)
+        stop_remote
+        same_tree
+        ;;
+    memory)
+        memsync export "${W#/}/data" "$T/exported" >/dev/null
+        same "$W/data" "$T/exported"
+        stop_remote
+        ;;
+    here) same "$W/data" "$T/other/${W#/}/data" ;;
+    esac
+    quiet "$T/program.err"
     ;;
 import)
     start_remote

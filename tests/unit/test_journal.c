@@ -25,12 +25,13 @@ static void step(const char *where)
         _exit(3);
 }
 
-enum { A, JOURNAL, NEW, DOC, CUT, LARGE };
+enum { A, JOURNAL, NEW, DOC, CUT, LARGE, MOVED };
+#define MOVED_PAGES 20
 
 static void attach_all(struct kit *k)
 {
-    static const char *const names[] = {"a", "j/journal", "d/new", "d/doc", "cut", "large"};
-    for (uint32_t i = 0; i < 6; i++)
+    static const char *const names[] = {"a", "j/journal", "d/new", "d/doc", "cut", "large", "moved"};
+    for (uint32_t i = 0; i < 7; i++)
         kit_attach(k, i, names[i]);
 }
 
@@ -55,12 +56,30 @@ static void part(struct kit *k, struct store_txn *t, uint32_t handle, bool creat
     assert_int_equal(kit_region(k, t, handle, create ? 1 : next_of(k, handle), min, size), 0);
 }
 
+static int moved_fill(uint64_t n, uint64_t page)
+{
+    n = n / 4 * 4;
+    return n > page * 4 ? (int)((n - page * 4) % 250 + 1) : 0;
+}
+
+static void moved(struct kit *k, struct store_txn *t, uint64_t n)
+{
+    struct moved m[MOVED_PAGES];
+    part(k, t, MOVED, n == 4, UINT64_MAX, MOVED_PAGES * FRAME_PAGE);
+    for (uint64_t i = 1; i < MOVED_PAGES; i++)
+        m[i] = (struct moved){.page = i, .source = i - 1, .fill = moved_fill(n - 4, i - 1)};
+    if (n > 4)
+        assert_int_equal(kit_copies(k, t, MOVED, m + 1, MOVED_PAGES - 1), 0);
+    pages(k, t, MOVED, 0, FRAME_PAGE, n);
+}
+
 /* Epoch n of the history:
  *   a          page n % 16 is n's
  *   j/journal  made by odd ones, removed by even ones
  *   d/doc      every third one writes d/new and renames it
  *   cut        cut to nothing, then n * 7919 % 50000 bytes
- *   large      every fifth one writes it whole, more than a transaction keeps in memory */
+ *   large      every fifth one writes it whole, more than a transaction keeps in memory
+ *   moved      every fourth one moves its pages up by one, and writes the first */
 static struct store_txn *epoch(struct kit *k, uint64_t n)
 {
     struct store_txn *t = kit_txn(k);
@@ -82,6 +101,8 @@ static struct store_txn *epoch(struct kit *k, uint64_t n)
         part(k, t, LARGE, n == 5, UINT64_MAX, BIG);
         pages(k, t, LARGE, 0, BIG, n);
     }
+    if (n % 4 == 0)
+        moved(k, t, n);
     return t;
 }
 
@@ -156,6 +177,15 @@ static void expect_fill(struct kit *k, const char *name, int64_t from, int64_t t
                      (unsigned long long)n);
 }
 
+/* Zeros where the fill is 0. */
+static void expect_moved(struct kit *k, uint64_t n)
+{
+    assert_int_equal(kit_file_size(k, "moved"), n >= 4 ? MOVED_PAGES * (int64_t)FRAME_PAGE : -ENOENT);
+    for (uint64_t page = 0; n >= 4 && page < MOVED_PAGES; page++)
+        for (uint64_t at = page * FRAME_PAGE; at < (page + 1) * FRAME_PAGE; at += FRAME_PAGE - 1)
+            assert_int_equal(kit_file_byte(k, "moved", (off_t)at), moved_fill(n, page));
+}
+
 /* The plain files are what epoch n left. */
 static void expect(struct kit *k, uint64_t n)
 {
@@ -181,6 +211,7 @@ static void expect(struct kit *k, uint64_t n)
     assert_int_equal(kit_file_size(k, "large"), n >= 5 ? BIG : -ENOENT);
     if (n >= 5)
         expect_fill(k, "large", 0, BIG, n / 5 * 5);
+    expect_moved(k, n);
 }
 
 /* Opens and closes what a child left, and returns the epoch that is there; nothing is left over in the store's own

@@ -244,6 +244,168 @@ static void deltas_of_one_batch_build_on_each_other(void **state)
     }
 }
 
+#define MOVED 64u
+
+/* Region r: page i full of fills[i], in one epoch of whole pages. */
+static void moved_start(struct kit *k, int fills[MOVED])
+{
+    kit_attach(k, 0, "r");
+    struct store_txn *t = kit_txn(k);
+    assert_int_equal(kit_op(k, t, FRAME_OP_CREATE, 0, 0), 0);
+    assert_int_equal(kit_region(k, t, 0, 1, UINT64_MAX, MOVED * FRAME_PAGE), 0);
+    for (uint32_t i = 0; i < MOVED; i++)
+        assert_int_equal(kit_pages(k, t, 0, i * FRAME_PAGE, FRAME_PAGE, fills[i] = (int)i + 1), 0);
+    assert_int_equal(kit_commit(k, t), 0);
+}
+
+static void moved_expect(struct kit *k, const int fills[MOVED])
+{
+    for (uint64_t i = 0; i < MOVED; i++) {
+        assert_int_equal(kit_byte(k, "r", i * FRAME_PAGE), fills[i]);
+        assert_int_equal(kit_byte(k, "r", (i + 1) * FRAME_PAGE - 1), fills[i]);
+    }
+}
+
+/* An epoch that has all pages from those `by` before them, around; new ones: the first gets `first` over it. */
+static struct store_txn *moved_epoch(struct kit *k, uint64_t epoch, uint32_t by, int first, int fills[MOVED])
+{
+    struct moved m[MOVED];
+    int old[MOVED];
+    memcpy(old, fills, sizeof old);
+    struct store_txn *t = kit_txn(k);
+    assert_int_equal(kit_region(k, t, 0, epoch, UINT64_MAX, MOVED * FRAME_PAGE), 0);
+    for (uint32_t i = 0; i < MOVED; i++) {
+        uint32_t source = (i + MOVED - by) % MOVED;
+        m[i] = (struct moved){.page = i, .source = source, .fill = old[source]};
+        fills[i] = old[source];
+    }
+    assert_int_equal(kit_copies(k, t, 0, m, 40), 0); /* more than one frame of plain pages, and two of moved ones */
+    assert_int_equal(kit_copies(k, t, 0, m + 40, MOVED - 40), 0);
+    if (first)
+        assert_int_equal(kit_pages(k, t, 0, 0, FRAME_PAGE, fills[0] = first), 0);
+    return t;
+}
+
+/* Up, down, and halves swapped: sources are overwritten by the same epoch each time. */
+static void pages_move(void **state)
+{
+    struct kit *k = *state;
+    int fills[MOVED];
+    moved_start(k, fills);
+    static const uint32_t by[] = {1, MOVED - 1, MOVED / 2, 7};
+    for (uint64_t i = 0; i < sizeof by / sizeof *by; i++) {
+        assert_int_equal(kit_commit(k, moved_epoch(k, i + 2, by[i], (int)(100 + i), fills)), 0);
+        moved_expect(k, fills);
+        again(k);
+        moved_expect(k, fills);
+    }
+}
+
+/* Handed in without waiting: each one's base is not in the file yet when it comes. */
+static void moves_wait_for_their_base(void **state)
+{
+    struct kit *k = *state;
+    int fills[MOVED];
+    struct told told[12] = {0};
+    moved_start(k, fills);
+    for (uint64_t i = 0; i < 12; i++) {
+        struct store_txn *t = kit_txn(k);
+        if (i % 3 == 2) {
+            assert_int_equal(kit_region(k, t, 0, i + 2, UINT64_MAX, MOVED * FRAME_PAGE), 0);
+            assert_int_equal(kit_pages(k, t, 0, 5 * FRAME_PAGE, FRAME_PAGE, fills[5] = (int)(200 + i)), 0);
+        } else {
+            store_txn_abort(t);
+            t = moved_epoch(k, i + 2, i % 2 ? 1 : MOVED - 1, (int)(100 + i), fills);
+        }
+        store_txn_commit(t, kit_durable, &told[i]);
+    }
+    for (int i = 0; i < 12; i++)
+        assert_int_equal(kit_wait(k, &told[i]), 0);
+    moved_expect(k, fills);
+    again(k);
+    moved_expect(k, fills);
+}
+
+/* While it is open, one of more than stays in memory waits for its base, then goes to the disk; aborted, it leaves the
+ * line. */
+static void open_moves_wait_too(void **state)
+{
+    struct kit *k = *state;
+    int fills[MOVED], aborted[MOVED];
+    struct told told = {0};
+    moved_start(k, fills);
+    k->s->limits.txn_memory = 1000;
+    store_txn_commit(moved_epoch(k, 2, 1, 100, fills), kit_durable, &told);
+    memcpy(aborted, fills, sizeof fills);
+    struct store_txn *gone = moved_epoch(k, 3, 1, 0, aborted), *t = moved_epoch(k, 3, 2, 0, fills);
+    assert_true(gone->waiting && t->waiting);
+    store_txn_abort(gone);
+    for (struct store_txn *w = k->s->waiting; w; w = w->next_waiting)
+        assert_ptr_not_equal(w, gone);
+    assert_int_equal(kit_wait(k, &told), 0);
+    while (t->memory > 1000 || t->spilling)
+        uv_run(&k->loop, UV_RUN_ONCE);
+    assert_null(k->s->waiting);
+    assert_true(t->spill_len > 40 * FRAME_PAGE);
+    assert_int_equal(kit_commit(k, t), 0);
+    moved_expect(k, fills);
+    again(k);
+    moved_expect(k, fills);
+}
+
+/* A page that is not what its move says refuses the epoch, and with it those that continue it. */
+static void moves_are_checked(void **state)
+{
+    struct kit *k = *state;
+    int fills[MOVED], other[MOVED];
+    struct told first = {0}, second = {0};
+    moved_start(k, fills);
+    memcpy(other, fills, sizeof fills);
+    other[63] = 99;
+    store_txn_commit(moved_epoch(k, 2, 1, 0, other), kit_durable, &first);
+    store_txn_commit(moved_epoch(k, 3, 1, 0, other), kit_durable, &second);
+    assert_int_equal(kit_wait(k, &first), -EBADMSG);
+    assert_int_equal(kit_wait(k, &second), -EEXIST);
+    assert_null(k->s->waiting);
+    moved_expect(k, fills);
+    again(k);
+    moved_expect(k, fills);
+    assert_int_equal(kit_commit(k, moved_epoch(k, 2, 1, 0, fills)), 0);
+    moved_expect(k, fills);
+}
+
+static void moved_refused(struct kit *k, uint64_t min, uint64_t size, const struct moved *m, uint32_t n)
+{
+    struct store_txn *t = kit_txn(k);
+    assert_int_equal(kit_region(k, t, 0, 2, min, size), 0);
+    assert_int_equal(kit_copies(k, t, 0, m, n), -EPROTO);
+    assert_true(k->error[0]);
+    store_txn_abort(t);
+}
+
+static void moves_from_nowhere(void **state)
+{
+    struct kit *k = *state;
+    int fills[MOVED];
+    struct moved m[MOVED + 2];
+    const uint64_t size = MOVED * FRAME_PAGE;
+    moved_start(k, fills);
+    moved_refused(k, UINT64_MAX, size, &(struct moved){.page = 1, .source = MOVED}, 1);
+    moved_refused(k, UINT64_MAX, size * 2, &(struct moved){.page = 1, .source = MOVED}, 1); /* it was not that long */
+    moved_refused(k, UINT64_MAX, size, &(struct moved){.page = 1, .source = (uint64_t)INT64_MAX / FRAME_PAGE - 1}, 1);
+    moved_refused(k, 4096, size, &(struct moved){.page = 1, .source = 0, .fill = 1}, 1);
+    for (uint32_t i = 0; i < MOVED + 2; i++)
+        m[i] = (struct moved){.page = 1, .source = 0, .fill = 1};
+    moved_refused(k, UINT64_MAX, size, m, MOVED + 2);
+    struct store_txn *t = kit_txn(k);
+    assert_int_equal(kit_op(k, t, FRAME_OP_CREATE, 0, 0), 0);
+    assert_int_equal(kit_region(k, t, 0, 1, UINT64_MAX, size), 0);
+    assert_int_equal(kit_copies(k, t, 0, m, 1), -EPROTO);
+    store_txn_abort(t);
+    moved_expect(k, fills);
+    assert_int_equal(kit_size(k, "r"), size);
+}
+
 static void rename_replaces(void **state)
 {
     struct kit *k = *state;
@@ -539,6 +701,11 @@ int main(void)
         BOTH(deltas_are_checked_before_they_count),
         BOTH(a_page_that_is_cut_is_no_base),
         BOTH(deltas_of_one_batch_build_on_each_other),
+        BOTH(pages_move),
+        BOTH(moves_wait_for_their_base),
+        BOTH(open_moves_wait_too),
+        BOTH(moves_are_checked),
+        BOTH(moves_from_nowhere),
         BOTH(rename_replaces),
         BOTH(unlink_and_create_anew),
         BOTH(created_and_gone_in_one_epoch),

@@ -14,6 +14,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <xxhash.h>
+
 #include <cmocka.h>
 
 #define HANDLES 64
@@ -149,6 +151,28 @@ static inline int kit_pages(struct kit *k, struct store_txn *t, uint32_t handle,
     if (fill) {
         memset(b->data + b->len, fill, len);
         b->len += len;
+    }
+    return kit_add(k, t, FRAME_PAGES, b);
+}
+
+struct moved {
+    uint64_t page, source;
+    int fill; /* what the source page is full of */
+};
+
+/* Pages that stood elsewhere, in one frame. */
+static inline int kit_copies(struct kit *k, struct store_txn *t, uint32_t handle, const struct moved *m, uint32_t n)
+{
+    struct frame_extent e[FRAME_PAGES_ENTRIES];
+    uint8_t page[FRAME_PAGE];
+    for (uint32_t i = 0; i < n; i++)
+        e[i] = (struct frame_extent){.offset = m[i].page * FRAME_PAGE, .len = FRAME_PAGE, .kind = FRAME_PAGES_COPY};
+    struct buf *b = buf_new(FRAME_PAYLOAD_MAX);
+    b->len = (uint32_t)frame_pages_put(b->data, b->cap, handle, e, n);
+    for (uint32_t i = 0; i < n; i++, b->len += FRAME_COPY_BYTES) {
+        memset(page, m[i].fill, sizeof page);
+        put_u64(b->data + b->len, m[i].source * FRAME_PAGE);
+        XXH128_canonicalFromHash((XXH128_canonical_t *)(b->data + b->len + 8), XXH3_128bits(page, sizeof page));
     }
     return kit_add(k, t, FRAME_PAGES, b);
 }
