@@ -316,6 +316,187 @@ int control_welcome_get(const void *p, size_t len, struct control_welcome *m)
     return get_end(&r);
 }
 
+static void open_put(struct wr *w, const struct control_open *m)
+{
+    wr_u32(w, m->slot);
+    wr_u32(w, m->view);
+    wr_u8(w, m->mode);
+    wr_u8(w, m->order);
+    wr_u8(w, m->follow);
+    wr_u8(w, m->look);
+    wr_u64(w, m->resident);
+    wr_u64(w, m->fetch_timeout_ms);
+    wr_str(w, m->path);
+    wr_str(w, m->name);
+}
+
+static void open_get(struct rd *r, struct control_open *m)
+{
+    m->slot = rd_u32(r);
+    m->view = rd_u32(r);
+    m->mode = rd_u8(r);
+    m->order = rd_u8(r);
+    m->follow = rd_u8(r);
+    m->look = rd_u8(r);
+    m->resident = rd_u64(r);
+    m->fetch_timeout_ms = rd_u64(r);
+    rd_str(r, m->path, sizeof m->path);
+    rd_str(r, m->name, sizeof m->name);
+    if (!m->view || m->mode > CONTROL_MIRROR || m->order > CONTROL_ORDER_NONE || m->follow > 1 || m->look > 1)
+        r->bad = true;
+}
+
+size_t control_open_put(void *to, size_t cap, const struct control_open *m)
+{
+    struct wr w = begin(to, cap, CONTROL_OPEN);
+    open_put(&w, m);
+    return put_end(&w);
+}
+
+int control_open_get(const void *p, size_t len, struct control_open *m)
+{
+    struct rd r = body(p, len);
+    open_get(&r, m);
+    return get_end(&r);
+}
+
+size_t control_resume_put(void *to, size_t cap, const struct control_resume *m)
+{
+    struct wr w = begin(to, cap, CONTROL_RESUME);
+    open_put(&w, &m->open);
+    wr_u64(&w, m->epoch);
+    wr_copy(&w, m->lineage.b, sizeof m->lineage.b);
+    wr_u64(&w, m->size);
+    return put_end(&w);
+}
+
+int control_resume_get(const void *p, size_t len, struct control_resume *m)
+{
+    struct rd r = body(p, len);
+    open_get(&r, &m->open);
+    m->epoch = rd_u64(&r);
+    rd_copy(&r, m->lineage.b, sizeof m->lineage.b);
+    m->size = rd_u64(&r);
+    return m->size <= INT64_MAX ? get_end(&r) : -EPROTO;
+}
+
+static bool span_good(uint64_t offset, uint64_t len)
+{
+    return len && len <= INT64_MAX && offset <= (uint64_t)INT64_MAX - len;
+}
+
+size_t control_view_map_put(void *to, size_t cap, const struct control_view_map *m)
+{
+    struct wr w = begin(to, cap, CONTROL_VIEW_MAP);
+    wr_u32(&w, m->view);
+    wr_u64(&w, m->addr);
+    wr_u64(&w, m->len);
+    wr_u64(&w, m->offset);
+    return put_end(&w);
+}
+
+int control_view_map_get(const void *p, size_t len, struct control_view_map *m)
+{
+    struct rd r = body(p, len);
+    m->view = rd_u32(&r);
+    m->addr = rd_u64(&r);
+    m->len = rd_u64(&r);
+    m->offset = rd_u64(&r);
+    return m->view && range_good(m->addr, m->len) && span_good(m->offset, m->len) ? get_end(&r) : -EPROTO;
+}
+
+size_t control_view_unmap_put(void *to, size_t cap, const struct control_view_unmap *m)
+{
+    struct wr w = begin(to, cap, CONTROL_VIEW_UNMAP);
+    wr_u64(&w, m->addr);
+    wr_u64(&w, m->len);
+    return put_end(&w);
+}
+
+int control_view_unmap_get(const void *p, size_t len, struct control_view_unmap *m)
+{
+    struct rd r = body(p, len);
+    m->addr = rd_u64(&r);
+    m->len = rd_u64(&r);
+    return range_good(m->addr, m->len) ? get_end(&r) : -EPROTO;
+}
+
+size_t control_advise_put(void *to, size_t cap, const struct control_advise *m)
+{
+    struct wr w = begin(to, cap, CONTROL_ADVISE);
+    wr_u32(&w, m->view);
+    wr_u8(&w, m->advice);
+    wr_u64(&w, m->offset);
+    wr_u64(&w, m->len);
+    return put_end(&w);
+}
+
+int control_advise_get(const void *p, size_t len, struct control_advise *m)
+{
+    struct rd r = body(p, len);
+    m->view = rd_u32(&r);
+    m->advice = rd_u8(&r);
+    m->offset = rd_u64(&r);
+    m->len = rd_u64(&r);
+    return m->view && m->advice <= CONTROL_ADVICE_MAX && span_good(m->offset, m->len) ? get_end(&r) : -EPROTO;
+}
+
+size_t control_fetch_put(void *to, size_t cap, const struct control_fetch *m)
+{
+    struct wr w = begin(to, cap, CONTROL_FETCH);
+    wr_u32(&w, m->slot);
+    wr_u32(&w, m->view);
+    wr_u64(&w, m->offset);
+    wr_u64(&w, m->len);
+    return put_end(&w);
+}
+
+int control_fetch_get(const void *p, size_t len, struct control_fetch *m)
+{
+    struct rd r = body(p, len);
+    m->slot = rd_u32(&r);
+    m->view = rd_u32(&r);
+    m->offset = rd_u64(&r);
+    m->len = rd_u64(&r);
+    return m->view && span_good(m->offset, m->len) ? get_end(&r) : -EPROTO;
+}
+
+size_t control_close_put(void *to, size_t cap, const struct control_close *m)
+{
+    struct wr w = begin(to, cap, CONTROL_CLOSE);
+    wr_u32(&w, m->view);
+    return put_end(&w);
+}
+
+int control_close_get(const void *p, size_t len, struct control_close *m)
+{
+    struct rd r = body(p, len);
+    m->view = rd_u32(&r);
+    return m->view ? get_end(&r) : -EPROTO;
+}
+
+size_t control_view_put(void *to, size_t cap, const struct control_view *m)
+{
+    struct wr w = begin(to, cap, CONTROL_VIEW);
+    wr_u32(&w, m->view);
+    wr_u64(&w, m->size);
+    wr_u64(&w, (uint64_t)m->mtime_ns);
+    wr_u64(&w, m->epoch);
+    wr_copy(&w, m->lineage.b, sizeof m->lineage.b);
+    return put_end(&w);
+}
+
+int control_view_get(const void *p, size_t len, struct control_view *m)
+{
+    struct rd r = body(p, len);
+    m->view = rd_u32(&r);
+    m->size = rd_u64(&r);
+    m->mtime_ns = (int64_t)rd_u64(&r);
+    m->epoch = rd_u64(&r);
+    rd_copy(&r, m->lineage.b, sizeof m->lineage.b);
+    return m->view && m->size <= INT64_MAX ? get_end(&r) : -EPROTO;
+}
+
 size_t control_text_put(void *to, size_t cap, uint8_t type, const struct control_text *m)
 {
     struct wr w = begin(to, cap, type);

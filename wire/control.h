@@ -11,7 +11,7 @@
 #include "wire/bytes.h"
 #include "wire/name.h"
 
-#define CONTROL_VERSION 1u
+#define CONTROL_VERSION 2u
 #define CONTROL_MAX 20480u /* bytes in a message */
 #define CONTROL_PATH 4096u
 #define CONTROL_FDS 3u
@@ -39,6 +39,16 @@ enum control_type {
     CONTROL_NOTICE,
     CONTROL_TEXT,
     CONTROL_RESULT,
+    /* shim -> agent, about views */
+    CONTROL_OPEN,
+    CONTROL_RESUME,    /* fds: none, or the memfd and its struct view */
+    CONTROL_VIEW_MAP,
+    CONTROL_VIEW_UNMAP,
+    CONTROL_ADVISE,
+    CONTROL_FETCH,
+    CONTROL_CLOSE,
+    /* agent -> shim */
+    CONTROL_VIEW,      /* fds: the memfd and its struct view, none when OPEN only looked */
     CONTROL_TYPES
 };
 
@@ -150,6 +160,70 @@ struct control_text { /* NOTICE, TEXT, REFUSED, RESULT */
     char text[16384];
 };
 
+/* A region that appears at a path. Answered by VIEW, if it is there, and then the slot: 0, -ENOENT (no such region), -EACCES, or -EIO with a NOTICE that
+ * says why. With look nothing stays open: VIEW only tells. */
+enum control_mode { CONTROL_PULL, CONTROL_MIRROR };
+enum control_order { CONTROL_ORDER_FAULT, CONTROL_ORDER_LINEAR, CONTROL_ORDER_RECORDED, CONTROL_ORDER_NONE };
+#define CONTROL_FOREVER UINT64_MAX
+
+struct control_open {
+    uint32_t slot;
+    uint32_t view;             /* the shim's number for it, of this process; not 0 */
+    uint8_t mode, order;       /* enum control_mode, enum control_order */
+    uint8_t follow, look;
+    uint64_t resident;         /* bytes, 0: no bound */
+    uint64_t fetch_timeout_ms; /* CONTROL_FOREVER */
+    char path[CONTROL_PATH], name[NAME_CAP];
+};
+
+/* A view that the process has already, for an agent that does not know it: after an agent died (with the memfd, whose data extents tell what is there), or
+ * over exec (without: just this epoch of this lineage). Answered as OPEN. */
+struct control_resume {
+    struct control_open open;
+    uint64_t epoch;
+    struct id lineage;
+    uint64_t size;
+};
+
+/* The view's bytes from offset on show at [addr, addr + len), registered for missing faults already. */
+struct control_view_map {
+    uint32_t view;
+    uint64_t addr, len, offset;
+};
+
+/* Nothing of a view shows there any more. */
+struct control_view_unmap {
+    uint64_t addr, len;
+};
+
+/* What the program said with madvise or posix_fadvise: MADV_NORMAL 0, RANDOM 1, SEQUENTIAL 2, WILLNEED 3, of these bytes of the view. */
+struct control_advise {
+    uint32_t view;
+    uint8_t advice;
+    uint64_t offset, len;
+};
+#define CONTROL_ADVICE_MAX 3u
+
+/* Bytes that a call of the program is about to read. The slot is answered when they all are in the memfd: 0; or -EIO, when the view has failed. */
+struct control_fetch {
+    uint32_t slot, view;
+    uint64_t offset, len;
+};
+
+/* The process has neither descriptor nor mapping of the view any more. */
+struct control_close {
+    uint32_t view;
+};
+
+/* Sent before the slot of the OPEN or RESUME is DONE. */
+struct control_view {
+    uint32_t view;
+    uint64_t size;
+    int64_t mtime_ns;
+    uint64_t epoch;
+    struct id lineage;
+};
+
 /* Every *_put writes the type and returns the message's length, 0 when it does not fit. control_type_of returns 0 for an unknown or empty message. Every
  * *_get returns 0, or -EPROTO on anything out of form. */
 uint8_t control_type_of(const void *p, size_t len);
@@ -178,6 +252,22 @@ size_t control_watch_put(void *to, size_t cap, const struct control_watch *m);
 int control_watch_get(const void *p, size_t len, struct control_watch *m);
 size_t control_welcome_put(void *to, size_t cap, const struct control_welcome *m);
 int control_welcome_get(const void *p, size_t len, struct control_welcome *m);
+size_t control_open_put(void *to, size_t cap, const struct control_open *m);
+int control_open_get(const void *p, size_t len, struct control_open *m);
+size_t control_resume_put(void *to, size_t cap, const struct control_resume *m);
+int control_resume_get(const void *p, size_t len, struct control_resume *m);
+size_t control_view_map_put(void *to, size_t cap, const struct control_view_map *m);
+int control_view_map_get(const void *p, size_t len, struct control_view_map *m);
+size_t control_view_unmap_put(void *to, size_t cap, const struct control_view_unmap *m);
+int control_view_unmap_get(const void *p, size_t len, struct control_view_unmap *m);
+size_t control_advise_put(void *to, size_t cap, const struct control_advise *m);
+int control_advise_get(const void *p, size_t len, struct control_advise *m);
+size_t control_fetch_put(void *to, size_t cap, const struct control_fetch *m);
+int control_fetch_get(const void *p, size_t len, struct control_fetch *m);
+size_t control_close_put(void *to, size_t cap, const struct control_close *m);
+int control_close_get(const void *p, size_t len, struct control_close *m);
+size_t control_view_put(void *to, size_t cap, const struct control_view *m);
+int control_view_get(const void *p, size_t len, struct control_view *m);
 size_t control_text_put(void *to, size_t cap, uint8_t type, const struct control_text *m);
 int control_text_get(const void *p, size_t len, struct control_text *m);
 size_t control_empty_put(void *to, size_t cap, uint8_t type); /* UFFD, STATUS, STOP */

@@ -1,8 +1,9 @@
-/* Memory that a program's shim and its local agent share. Host byte order: it never leaves the machine. Two kinds, each a memfd made by the shim and handed
- * over the control socket:
+/* Memory that a program's shim and its local agent share. Host byte order: it never leaves the machine. Three kinds of memfd, handed
+ * over the control socket; the first two are made by the shim, the last by the agent:
  *
  * - struct shared, one a process: where its threads wait for the agent's answers, without a lock and without reading the socket.
  * - struct marks, one for each file the process writes by calls: which pages, how small it was cut. Made at the first such call.
+ * - struct view, one for each view of a pulled region: what all processes that have it must know of its pages.
  *
  * Marks and captures. A writing call marks its pages before the raw call and again after it, then leaves `calls`. The agent takes marks by exchanging
  * words with 0, summary first, and reads the file after. So a mark taken while the call copies comes back when it ends; and a process killed in between is
@@ -13,7 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SHARED_VERSION 1u
+#define SHARED_VERSION 2u
 #define SHARED_SLOTS 256u
 
 /* A slot: the shim takes a free one (FREE -> WAITING by compare and exchange), sends a request that names it, waits on `state` as a futex. The agent stores
@@ -43,6 +44,15 @@ struct marks {
     uint32_t all;      /* anything may have been (content moved: collapse, insert) */
     uint64_t summary[MARKS_SUMMARY]; /* bit i: word i of pages may have bits */
     uint64_t pages[MARKS_WORDS];
+};
+
+/* Beside the memfd that holds a view's pages. A reader notes `punches` before it makes sure that its pages are there, and reads again when it moved: pages
+ * may have been taken away in between. */
+struct view {
+    uint32_t version; /* SHARED_VERSION */
+    int32_t failed;   /* a negative errno once pages cannot be had any more: those that are missing are poisoned */
+    uint64_t size;
+    uint64_t punches; /* times that pages were taken out of the memfd */
 };
 
 static inline void marks_min_size(struct marks *m, uint64_t size)

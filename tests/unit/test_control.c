@@ -103,6 +103,60 @@ static void text_fill(void *m)
     strcpy(t->text, "region 'x': the remote's disk is full");
 }
 
+static void open_fill(void *m)
+{
+    *(struct control_open *)m = (struct control_open){.slot = 5,
+                                                      .view = 6,
+                                                      .mode = CONTROL_MIRROR,
+                                                      .order = CONTROL_ORDER_NONE,
+                                                      .follow = 1,
+                                                      .look = 1,
+                                                      .resident = 1 << 30,
+                                                      .fetch_timeout_ms = CONTROL_FOREVER,
+                                                      .path = "/d/x.mdb",
+                                                      .name = "d/x.mdb"};
+}
+
+static void resume_fill(void *m)
+{
+    struct control_resume *r = m;
+    *r = (struct control_resume){.epoch = 7, .lineage = {{1, 2, 3, 4, 5, 6, 7, 8, 9}}, .size = INT64_MAX};
+    open_fill(&r->open);
+}
+
+static void view_map_fill(void *m)
+{
+    *(struct control_view_map *)m =
+        (struct control_view_map){.view = 1, .addr = 0x7f0000000000, .len = 1 << 20, .offset = 4096};
+}
+
+static void view_unmap_fill(void *m)
+{
+    *(struct control_view_unmap *)m = (struct control_view_unmap){.addr = 0x7f0000000000, .len = 4096};
+}
+
+static void advise_fill(void *m)
+{
+    *(struct control_advise *)m =
+        (struct control_advise){.view = 1, .advice = CONTROL_ADVICE_MAX, .offset = 4096, .len = 1 << 20};
+}
+
+static void fetch_fill(void *m)
+{
+    *(struct control_fetch *)m = (struct control_fetch){.slot = 255, .view = 1, .offset = 0, .len = INT64_MAX};
+}
+
+static void close_fill(void *m)
+{
+    ((struct control_close *)m)->view = 9;
+}
+
+static void view_fill(void *m)
+{
+    *(struct control_view *)m = (struct control_view){
+        .view = 3, .size = 1 << 20, .mtime_ns = -1, .epoch = 12, .lineage = {{9, 8, 7, 6, 5, 4, 3, 2, 1}}};
+}
+
 CODEC_PLAIN(control, hello)
 CODEC_PLAIN(control, region)
 CODEC_PLAIN(control, marks)
@@ -115,6 +169,14 @@ CODEC_PLAIN(control, bye)
 CODEC_PLAIN(control, publish)
 CODEC_PLAIN(control, watch)
 CODEC_PLAIN(control, welcome)
+CODEC_PLAIN(control, open)
+CODEC_PLAIN(control, resume)
+CODEC_PLAIN(control, view_map)
+CODEC_PLAIN(control, view_unmap)
+CODEC_PLAIN(control, advise)
+CODEC_PLAIN(control, fetch)
+CODEC_PLAIN(control, close)
+CODEC_PLAIN(control, view)
 
 static size_t text_put(void *to, size_t cap, const void *m)
 {
@@ -136,7 +198,11 @@ static const struct {
     {CODEC(control, name), CONTROL_NAME},     {CODEC(control, sync), CONTROL_SYNC},
     {CODEC(control, bye), CONTROL_BYE},       {CODEC(control, publish), CONTROL_PUBLISH},
     {CODEC(control, watch), CONTROL_WATCH},   {CODEC(control, welcome), CONTROL_WELCOME},
-    {CODEC(control, text), CONTROL_RESULT},
+    {CODEC(control, text), CONTROL_RESULT},   {CODEC(control, open), CONTROL_OPEN},
+    {CODEC(control, resume), CONTROL_RESUME}, {CODEC(control, view_map), CONTROL_VIEW_MAP},
+    {CODEC(control, advise), CONTROL_ADVISE}, {CODEC(control, view_unmap), CONTROL_VIEW_UNMAP},
+    {CODEC(control, fetch), CONTROL_FETCH},   {CODEC(control, close), CONTROL_CLOSE},
+    {CODEC(control, view), CONTROL_VIEW},
 };
 #define CODECS (sizeof codecs / sizeof *codecs)
 
@@ -256,6 +322,47 @@ static void test_ranges(void **state)
     assert_int_equal(retire_with(4096, 4096), 0);
 }
 
+static int fetch_with(uint32_t view, uint64_t offset, uint64_t len)
+{
+    uint8_t bytes[64];
+    struct control_fetch m = {.view = view, .offset = offset, .len = len};
+    return control_fetch_get(bytes, control_fetch_put(bytes, sizeof bytes, &m), &m);
+}
+
+static void test_spans(void **state)
+{
+    (void)state;
+    assert_int_equal(fetch_with(1, 0, 1), 0);
+    assert_int_equal(fetch_with(0, 0, 1), -EPROTO);
+    assert_int_equal(fetch_with(1, 0, 0), -EPROTO);
+    assert_int_equal(fetch_with(1, INT64_MAX - 1, 1), 0);
+    assert_int_equal(fetch_with(1, INT64_MAX, 1), -EPROTO);
+    assert_int_equal(fetch_with(1, UINT64_MAX, 1), -EPROTO);
+    assert_int_equal(fetch_with(1, 0, UINT64_MAX), -EPROTO);
+}
+
+static int open_with(uint32_t view, uint8_t mode, uint8_t order, uint8_t look)
+{
+    static uint8_t bytes[CONTROL_MAX];
+    static struct control_open m;
+    open_fill(&m);
+    m.view = view;
+    m.mode = mode;
+    m.order = order;
+    m.look = look;
+    return control_open_get(bytes, control_open_put(bytes, sizeof bytes, &m), &m);
+}
+
+static void test_opens(void **state)
+{
+    (void)state;
+    assert_int_equal(open_with(1, CONTROL_PULL, CONTROL_ORDER_FAULT, 0), 0);
+    assert_int_equal(open_with(0, CONTROL_PULL, CONTROL_ORDER_FAULT, 0), -EPROTO);
+    assert_int_equal(open_with(1, CONTROL_MIRROR + 1, CONTROL_ORDER_FAULT, 0), -EPROTO);
+    assert_int_equal(open_with(1, CONTROL_PULL, CONTROL_ORDER_NONE + 1, 0), -EPROTO);
+    assert_int_equal(open_with(1, CONTROL_PULL, CONTROL_ORDER_NONE, 2), -EPROTO);
+}
+
 static int name_with(uint8_t kind, uint8_t phase, uint8_t ack, uint8_t initial)
 {
     static uint8_t bytes[CONTROL_MAX];
@@ -346,6 +453,7 @@ int main(void)
         cmocka_unit_test(test_round_trips),   cmocka_unit_test(test_types),   cmocka_unit_test(test_damage),
         cmocka_unit_test(test_bytes),         cmocka_unit_test(test_ranges),  cmocka_unit_test(test_values),
         cmocka_unit_test(test_other_version), cmocka_unit_test(test_largest), cmocka_unit_test(test_socket_path),
+        cmocka_unit_test(test_spans),         cmocka_unit_test(test_opens),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
