@@ -227,7 +227,7 @@ static void request_hash(struct session *s, uint32_t stream, const struct buf *p
     }
     struct request *r = request_new(s, stream, h.request, *p);
     if (r)
-        store_pin_hash(r->pin->pin, h.first, h.count, on_hashes, r);
+        store_pin_hash(r->pin->pin, h.level, h.first, h.count, h.fresh, on_hashes, r);
 }
 
 static void request_remove(struct session *s, uint32_t stream, uint32_t number, const char *name, bool force)

@@ -5,8 +5,8 @@
  * (another program was faster), commit.c keeps the epoch in the journal and tries again, and takes no more epochs until
  * it fits.
  *
- * A region is cut to the epoch's min_size, made its size, then gets its pages; pinned pages are saved before each
- * change. All of it can be done again. */
+ * A region is cut to the epoch's min_size, made its size, then gets its pages; before each change pinned pages are saved
+ * and the region's hash tree is told. All of it can be done again. */
 #include "agent/store/inside.h"
 
 #include "agent/base/log.h"
@@ -75,6 +75,7 @@ static int apply_extent(void *arg, struct part *p, const struct frame_extent *e)
         pthread_rwlock_wrlock(&p->r->lock);
         int fd = region_open(c->a->s, p->r, false);
         err = fd < 0 ? fd : save_pinned(c->a, p, c->number, fd, at, at + step);
+        (e->data ? tree_wrote : tree_zeroed)(p->r, at, at + step);
         if (!err)
             err = e->data ? io_write(fd, e->data + done, (size_t)step, at) : file_zero(fd, step, at);
         pthread_rwlock_unlock(&p->r->lock);
@@ -91,7 +92,8 @@ static int cut(const struct applying *a, struct part *p, uint64_t number, int fd
     uint64_t now = (uint64_t)st.st_size;
     if (size == now)
         return 0;
-    int err = size < now ? save_pinned(a, p, number, fd, size, now) : 0;
+    int err = save_pinned(a, p, number, fd, size, now);
+    tree_sized(p->r, size);
     if (!err && ftruncate(fd, (off_t)size) < 0)
         err = -errno;
     store_step("apply a size");

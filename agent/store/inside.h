@@ -5,7 +5,7 @@
  *   copy.c     moved pages made plain
  *   commit.c   queue and batches               checkpoint.c  files and table synced      apply.c  transactions into
  * files pin.c      pre-images and reads            recover.c     the saved table; opening    io.c     whole reads and
- * writes store.c    the calls of store.h that answer from memory; opening
+ * writes store.c    the calls of store.h that answer from memory; opening          tree.c    hashes of regions
  *
  * Every name has two regions: `head` after all epochs handed in, against which the next is checked, and `durable` after
  * the last one that is on disk, which is what anybody is told. A failed epoch sets heads back to durable and checks
@@ -51,6 +51,7 @@ struct region {
     pthread_rwlock_t lock; /* of what follows, and of the content */
     int fd;
     bool gone; /* its file was removed */
+    struct tree *tree; /* its hashes; NULL: nobody has asked since it was made, or since they were in doubt */
 };
 
 struct holder {
@@ -180,7 +181,8 @@ struct store_pin {
     uint8_t *saved; /* a bit a page; NULL: none yet */
     int side;
     uint64_t used;
-    bool lost;
+    bool lost, behind; /* behind: a later epoch has touched the region */
+    struct tree *tree; /* once it is not the region's any more, and somebody has asked */
 };
 
 struct limits {
@@ -275,7 +277,7 @@ void volume_txn_commit(struct store_txn *t, void (*durable)(void *arg, int err, 
 void volume_txn_abort(struct store_txn *t);
 void volume_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len,
                      void (*done)(void *arg, int err, struct buf *data), void *arg);
-void volume_pin_hash(struct store_pin *pin, uint64_t first, uint32_t count,
+void volume_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,
                      void (*done)(void *arg, int err, struct buf *data), void *arg);
 void volume_unpin(struct store_pin *pin);
 
@@ -382,6 +384,30 @@ void txn_discard(struct store_txn *t); /* frees it and what it left on disk */
 int pin_save(struct store_pin *pin, int fd, uint64_t from, uint64_t to); /* under the write lock */
 void pins_applied(struct store *s);
 void pin_release(struct store_pin *pin);
+bool pin_saved(const struct store_pin *pin, uint64_t page);
+int pin_read(struct store_pin *pin, uint8_t *to, size_t len, uint64_t offset); /* under the read lock, its file open */
+
+/* tree.c. All of a region's under its write lock. */
+struct tree;
+void tree_wrote(struct region *r, uint64_t from, uint64_t to); /* bytes from .. to are about to change */
+void tree_zeroed(struct region *r, uint64_t from, uint64_t to);
+void tree_sized(struct region *r, uint64_t size);
+void tree_forget(struct region *r);
+void tree_free(struct tree *t);
+
+/* Nodes first .. first + count of a level, cut at the pinned size by tree_read_init, which says how many in count. */
+struct tree_read {
+    struct store_pin *pin;
+    unsigned level;
+    uint64_t first;
+    uint32_t count;
+    bool fresh;            /* its pages have to be read again */
+    uint64_t from, at, to; /* pages: at: those before were looked at */
+};
+void tree_read_init(struct tree_read *q, struct store_pin *pin, unsigned level, uint64_t first, uint32_t count,
+                    bool fresh);
+/* Pool thread: reads a slice of what is not known, at most. Once *done, `to` has the nodes (16 bytes each). */
+int tree_read_slice(struct tree_read *q, uint8_t *to, bool *done);
 
 /* recover.c */
 void *meta_put(struct store *s, uint64_t seq, uint64_t pos, size_t *len);

@@ -4,7 +4,7 @@
 #include "agent/store/inside.h"
 
 #include "agent/base/job.h"
-#include "agent/base/xxh3.h"
+#include "agent/track/hashes.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -18,7 +18,8 @@ struct pin_read {
     struct pin_read *next;
     uint64_t offset;
     uint32_t len;
-    bool hash;
+    bool hash, whole; /* whole: nothing is left to do */
+    struct tree_read tree;
     int err;
     struct buf *data;
     void (*done)(void *arg, int err, struct buf *data);
@@ -30,7 +31,7 @@ static uint64_t pages_of(uint64_t bytes)
     return bytes / FRAME_PAGE + (bytes % FRAME_PAGE != 0);
 }
 
-static bool is_saved(const struct store_pin *pin, uint64_t page)
+bool pin_saved(const struct store_pin *pin, uint64_t page)
 {
     return pin->saved && pin->saved[page / 8] & 1u << page % 8;
 }
@@ -118,6 +119,7 @@ static int save_pages(struct store_pin *pin, int fd, uint64_t from, uint64_t to)
 
 int pin_save(struct store_pin *pin, int fd, uint64_t from, uint64_t to)
 {
+    pin->behind = true;
     if (to > pin->size)
         to = pin->size;
     if (pin->lost || from >= to)
@@ -130,12 +132,12 @@ int pin_save(struct store_pin *pin, int fd, uint64_t from, uint64_t to)
     }
     int err = 0;
     while (!err && !pin->lost && page < end) {
-        if (is_saved(pin, page)) {
+        if (pin_saved(pin, page)) {
             page++;
             continue;
         }
         uint64_t stop = page + 1;
-        while (stop < end && !is_saved(pin, stop))
+        while (stop < end && !pin_saved(pin, stop))
             stop++;
         err = save_pages(pin, fd, page, stop);
         page = stop;
@@ -144,14 +146,14 @@ int pin_save(struct store_pin *pin, int fd, uint64_t from, uint64_t to)
 }
 
 /* Under the region's read lock. */
-static int read_pinned(struct store_pin *pin, uint8_t *to, size_t len, uint64_t offset)
+int pin_read(struct store_pin *pin, uint8_t *to, size_t len, uint64_t offset)
 {
     int err = 0;
     while (!err && len) {
         uint64_t page = offset / FRAME_PAGE;
-        bool saved = is_saved(pin, page);
+        bool saved = pin_saved(pin, page);
         size_t n = (size_t)(FRAME_PAGE - offset % FRAME_PAGE);
-        while (n < len && is_saved(pin, ++page) == saved)
+        while (n < len && pin_saved(pin, ++page) == saved)
             n += FRAME_PAGE;
         if (n > len)
             n = len;
@@ -176,32 +178,8 @@ static int read_locked(struct store_pin *pin, uint8_t *to, size_t len, uint64_t 
             return fd;
         }
     }
-    int err = pin->lost ? -ENOBUFS : read_pinned(pin, to, len, offset);
+    int err = pin->lost ? -ENOBUFS : pin_read(pin, to, len, offset);
     pthread_rwlock_unlock(&r->lock);
-    return err;
-}
-
-static int hash_pages(struct pin_read *q)
-{
-    struct store_pin *pin = q->pin;
-    uint8_t *step = malloc(COPY_STEP);
-    int err = step ? 0 : -ENOMEM;
-    uint32_t pages = q->len;
-    for (uint64_t at = q->offset; !err && pages;) {
-        size_t len = (size_t)(pin->size - at);
-        if (len > COPY_STEP)
-            len = COPY_STEP;
-        if (len > (size_t)pages * FRAME_PAGE)
-            len = (size_t)pages * FRAME_PAGE;
-        err = read_locked(pin, step, len, at);
-        for (size_t i = 0; !err && i < len; i += FRAME_PAGE, pages--) {
-            XXH128_canonical_t *to = (XXH128_canonical_t *)(q->data->data + q->data->len);
-            XXH128_canonicalFromHash(to, XXH3_128bits(step + i, len - i < FRAME_PAGE ? len - i : FRAME_PAGE));
-            q->data->len += 16;
-        }
-        at += len;
-    }
-    free(step);
     return err;
 }
 
@@ -210,18 +188,22 @@ static void read_work(void *arg)
     struct pin_read *q = arg;
     struct store_pin *pin = q->pin;
     uint64_t left = q->offset < pin->size ? pin->size - q->offset : 0;
-    uint64_t most = q->hash ? pages_of(left) : left;
-    if (q->len > most)
-        q->len = (uint32_t)most;
-    q->data = buf_new(q->hash ? (size_t)q->len * 16 : q->len);
-    if (!q->data) {
+    if (q->hash && __atomic_load_n(&pin->dropped, __ATOMIC_RELAXED))
+        q->err = -ECANCELED;
+    if (q->len > left && !q->hash)
+        q->len = (uint32_t)left;
+    if (!q->data)
+        q->data = buf_new(q->hash ? (size_t)q->tree.count * HASH_BYTES : q->len);
+    if (!q->data)
         q->err = -ENOMEM;
+    if (q->err)
         return;
-    }
     if (q->hash) {
-        q->err = hash_pages(q);
+        q->err = tree_read_slice(&q->tree, q->data->data, &q->whole);
+        q->data->len = q->tree.count * HASH_BYTES;
         return;
     }
+    q->whole = true;
     q->err = read_locked(pin, q->data->data, q->len, q->offset);
     q->data->len = q->len;
 }
@@ -233,15 +215,22 @@ void pin_release(struct store_pin *pin)
     if (pin->side >= 0)
         close(pin->side);
     free(pin->saved);
+    tree_free(pin->tree);
     region_drop(pin->s, pin->r);
     free(pin);
 }
+
+static void read_start(struct pin_read *q);
 
 static void read_done(void *arg)
 {
     struct pin_read *q = arg;
     struct store_pin *pin = q->pin;
     struct store *s = pin->s;
+    if (!q->err && !q->whole) { /* the next slice, behind what else waits for a thread */
+        read_start(q);
+        return;
+    }
     if (q->err) {
         buf_drop(q->data);
         q->data = NULL;
@@ -281,14 +270,19 @@ void pins_applied(struct store *s)
     }
 }
 
-static void read_new(struct store_pin *pin, uint64_t offset, uint32_t len, bool hash,
-                     void (*done)(void *, int, struct buf *), void *arg)
+static struct pin_read *read_new(struct store_pin *pin, void (*done)(void *, int, struct buf *), void *arg)
 {
-    struct store *s = pin->s;
     struct pin_read *q = calloc(1, sizeof *q);
     if (!q)
         abort(); /* there is no way to tell, and nothing was promised to the peer that a restart breaks */
-    *q = (struct pin_read){.pin = pin, .offset = offset, .len = len, .hash = hash, .done = done, .arg = arg};
+    *q = (struct pin_read){.pin = pin, .done = done, .arg = arg};
+    return q;
+}
+
+static void read_add(struct pin_read *q)
+{
+    struct store_pin *pin = q->pin;
+    struct store *s = pin->s;
     pin->jobs++;
     s->jobs++;
     if (pin->barrier <= s->applied_no && !s->failed) {
@@ -305,13 +299,19 @@ static void read_new(struct store_pin *pin, uint64_t offset, uint32_t len, bool 
 void volume_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len,
                      void (*done)(void *arg, int err, struct buf *data), void *arg)
 {
-    read_new(pin, offset, len, false, done, arg);
+    struct pin_read *q = read_new(pin, done, arg);
+    q->offset = offset;
+    q->len = len;
+    read_add(q);
 }
 
-void volume_pin_hash(struct store_pin *pin, uint64_t first, uint32_t count,
+void volume_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,
                      void (*done)(void *arg, int err, struct buf *data), void *arg)
 {
-    read_new(pin, first * FRAME_PAGE, count, true, done, arg);
+    struct pin_read *q = read_new(pin, done, arg);
+    q->hash = true;
+    tree_read_init(&q->tree, pin, level, first, count, fresh);
+    read_add(q);
 }
 
 int store_pin(struct store *s, const char *name, struct store_pin **out, struct frame_entry *e)
@@ -342,7 +342,7 @@ void volume_unpin(struct store_pin *pin)
             *at = pin->next;
             break;
         }
-    pin->dropped = true;
+    __atomic_store_n(&pin->dropped, true, __ATOMIC_RELAXED); /* jobs look at it */
     store_wake(pin->s);
     pin_release(pin);
 }

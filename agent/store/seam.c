@@ -105,11 +105,11 @@ void store_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len,
     ops_behind(pin)->pin_read(pin, offset, len, done, arg);
 }
 
-void store_pin_hash(struct store_pin *pin, uint64_t first, uint32_t count,
+void store_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,
                     void (*done)(void *arg, int err, struct buf *data), void *arg)
 {
     assert(done);
-    ops_behind(pin)->pin_hash(pin, first, count, done, arg);
+    ops_behind(pin)->pin_hash(pin, level, first, count, fresh, done, arg);
 }
 
 void store_unpin(struct store_pin *pin)

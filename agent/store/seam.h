@@ -31,7 +31,7 @@ struct store_ops {
                    store_pin_done *done, void *arg);
     void (*pin_read)(struct store_pin *pin, uint64_t offset, uint32_t len,
                      void (*done)(void *arg, int err, struct buf *data), void *arg);
-    void (*pin_hash)(struct store_pin *pin, uint64_t first, uint32_t count,
+    void (*pin_hash)(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,
                      void (*done)(void *arg, int err, struct buf *data), void *arg);
     void (*unpin)(struct store_pin *pin);
     void (*remove)(struct store *s, const char *name, const struct id *identity, bool force,

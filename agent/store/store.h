@@ -93,8 +93,9 @@ typedef void store_pin_done(void *arg, int err, struct store_pin *pin, const str
 int store_ask_pin(struct store *s, const char *name, struct store_pin **pin, struct frame_entry *e, store_pin_done *done, void *arg);
 /* Reads up to the pinned size: short at its end. done(arg, 0 or negative errno, data or NULL); the buf is the callee's. */
 void store_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, void (*done)(void *arg, int err, struct buf *data), void *arg);
-/* XXH3-128 in canonical form of `count` pages of FRAME_PAGE from page `first` on; fewer at the region's end. data is 16 bytes a page. */
-void store_pin_hash(struct store_pin *pin, uint64_t first, uint32_t count, void (*done)(void *arg, int err, struct buf *data), void *arg);
+/* Nodes first .. first + count of a level of the region's hash tree (wire/frame.md), fewer at its end; level 0 are its pages. data is 16 bytes a node. The
+ * tree is kept from then on, 17 bytes for each page with data; `fresh`: all pages below these nodes are read again. */
+void store_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh, void (*done)(void *arg, int err, struct buf *data), void *arg);
 void store_unpin(struct store_pin *pin);
 
 /* Removes a region, its lease too. Refused with -EBUSY while another than `identity` holds the lease, unless forced. */

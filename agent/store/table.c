@@ -159,6 +159,7 @@ void region_drop(struct store *s, struct region *r)
     *at = r->chain;
     if (r->fd >= 0)
         fd_close_later(s, r->fd);
+    tree_forget(r);
     pthread_rwlock_destroy(&r->lock);
     free(r);
 }

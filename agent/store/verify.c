@@ -117,7 +117,12 @@ static int delta_verify(struct verifying *v, struct part *p, const struct frame_
     for (uint32_t at = 0; frame_delta_run(e, &at, &run);)
         memcpy(page + (run.offset - e->offset), run.data, run.len);
     XXH128_canonicalFromHash(&sum, XXH3_128bits(page, FRAME_PAGE));
-    return memcmp(&sum, d.hash, sizeof sum) ? -EBADMSG : 0;
+    if (!memcmp(&sum, d.hash, sizeof sum))
+        return 0;
+    pthread_rwlock_wrlock(&p->r->lock); /* the file may not be what its hashes say: they are read anew */
+    tree_forget(p->r);
+    pthread_rwlock_unlock(&p->r->lock);
+    return -EBADMSG;
 }
 
 static int extent_verify(void *arg, struct part *p, const struct frame_extent *e)

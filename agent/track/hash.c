@@ -9,9 +9,8 @@
 static void hole(const struct track_file *file, uint64_t start, uint64_t end, struct extents *out)
 {
     const struct hashes *h = file->published;
-    for (uint64_t p = start / PAGE; p < h->pages && p * PAGE < end; p++)
-        if (!page_hash_same(h->at[p], (struct page_hash){0, 0}))
-            extents_add(out, p * PAGE, (p + 1) * PAGE);
+    for (uint64_t p = hashes_next(h, start / PAGE); p < h->pages && p * PAGE < end; p = hashes_next(h, p + 1))
+        extents_add(out, p * PAGE, (p + 1) * PAGE);
 }
 
 int track_within(const struct track_file *file, uint64_t start, uint64_t end, struct extents *out)

@@ -172,30 +172,287 @@ static void holes_cost_no_budget(void **state)
     store_unpin(pin);
 }
 
-static void hashes(void **state)
+/* ---- hash trees ---- */
+
+#define MODEL_PAGES 700u /* three levels, and not all of any node */
+
+/* What a region is, page by page, and its tree computed the plain way. */
+struct model {
+    uint64_t size;
+    uint8_t fill[MODEL_PAGES]; /* every byte of a page is this */
+};
+
+static uint64_t model_pages(const struct model *m)
+{
+    return (m->size + FRAME_PAGE - 1) / FRAME_PAGE;
+}
+
+static void model_node(const struct model *m, unsigned level, uint64_t i, uint8_t *to)
+{
+    uint8_t of[16 * 16], page[FRAME_PAGE];
+    XXH128_canonical_t c;
+    memset(to, 0, 16);
+    if (!level) {
+        uint64_t left = i < model_pages(m) ? m->size - i * FRAME_PAGE : 0;
+        if (!left || !m->fill[i])
+            return;
+        memset(page, 0, sizeof page);
+        memset(page, m->fill[i], left < FRAME_PAGE ? left : FRAME_PAGE);
+        XXH128_canonicalFromHash(&c, XXH3_128bits(page, sizeof page));
+        memcpy(to, &c, 16);
+        return;
+    }
+    bool zeros = true;
+    for (unsigned k = 0; k < 16; k++)
+        model_node(m, level - 1, i * 16 + k, of + k * 16);
+    for (unsigned k = 0; k < sizeof of; k++)
+        zeros = zeros && !of[k];
+    if (zeros)
+        return;
+    XXH128_canonicalFromHash(&c, XXH3_128bits(of, sizeof of));
+    memcpy(to, &c, 16);
+}
+
+static struct buf *pin_hash(struct kit *k, struct store_pin *pin, unsigned level, uint64_t first, uint32_t count,
+                            bool fresh, int *err)
+{
+    struct told told = {0};
+    store_pin_hash(pin, level, first, count, fresh, kit_read_done, &told);
+    *err = kit_wait(k, &told);
+    return told.data;
+}
+
+static void expect_tree(struct kit *k, struct store_pin *pin, const struct model *m, bool fresh)
+{
+    static const unsigned order[] = {3, 0, 2, 1, 4, 13};
+    for (unsigned n = 0; n < sizeof order / sizeof *order; n++) {
+        unsigned level = order[n];
+        uint64_t nodes = (model_pages(m) + (1ull << 4 * level) - 1) >> 4 * level;
+        int err;
+        struct buf *b = pin_hash(k, pin, level, 0, FRAME_HASHES_MAX, fresh, &err);
+        assert_int_equal(err, 0);
+        assert_int_equal(b->len, nodes * 16);
+        for (uint64_t i = 0; i < nodes; i++) {
+            uint8_t want[16];
+            if (level < 4)
+                model_node(m, level, i, want);
+            if (level < 4 && memcmp(want, b->data + i * 16, 16))
+                fail_msg("level %u node %llu%s", level, (unsigned long long)i, fresh ? " (fresh)" : "");
+        }
+        buf_drop(b);
+        b = pin_hash(k, pin, level, nodes, 5, fresh, &err);
+        assert_int_equal(err, 0);
+        assert_int_equal(b->len, 0);
+        buf_drop(b);
+    }
+}
+
+static unsigned pick(unsigned *seed, unsigned below)
+{
+    *seed = *seed * 1103515245u + 12345u;
+    return (*seed >> 16) % below;
+}
+
+/* An epoch of a few changes to both: whole pages, zeros, sizes. */
+static void change(struct kit *k, struct model *m, uint64_t epoch, unsigned *seed)
+{
+    struct store_txn *t = kit_txn(k);
+    uint64_t min = UINT64_MAX, size = m->size;
+    if (epoch == 1)
+        assert_int_equal(kit_op(k, t, FRAME_OP_CREATE, 0, 0), 0);
+    if (epoch == 1 || !pick(seed, 3)) {
+        size = 1 + pick(seed, MODEL_PAGES * FRAME_PAGE - 1);
+        if (epoch > 1 && !pick(seed, 2))
+            min = pick(seed, (unsigned)size) / FRAME_PAGE * FRAME_PAGE;
+    }
+    uint64_t kept = min < size ? min : size;
+    for (uint64_t p = kept / FRAME_PAGE; p < MODEL_PAGES; p++) /* what was cut off, or is new, is zeros */
+        if (p * FRAME_PAGE >= kept || p * FRAME_PAGE >= m->size)
+            m->fill[p] = 0;
+    uint64_t old = m->size;
+    m->size = size;
+    assert_int_equal(kit_region(k, t, 0, epoch, min, size), 0);
+    if (old % FRAME_PAGE && old / FRAME_PAGE < model_pages(m)) { /* it may go on: the model knows whole pages only */
+        m->fill[old / FRAME_PAGE] = 0;
+        assert_int_equal(kit_pages(k, t, 0, old / FRAME_PAGE * FRAME_PAGE, FRAME_PAGE, 0), 0);
+    }
+    for (unsigned n = pick(seed, 6); n; n--) {
+        uint64_t page = pick(seed, (unsigned)model_pages(m));
+        unsigned run = 1 + pick(seed, 14), fill = pick(seed, 4) ? 1 + pick(seed, 250) : 0;
+        if (!fill)
+            run *= 16;
+        if (page + run > MODEL_PAGES)
+            run = MODEL_PAGES - (unsigned)page;
+        assert_int_equal(kit_pages(k, t, 0, page * FRAME_PAGE, run * FRAME_PAGE, (int)fill), 0);
+        for (unsigned i = 0; i < run && page + i < model_pages(m); i++)
+            m->fill[page + i] = (uint8_t)fill;
+    }
+    assert_int_equal(kit_commit(k, t), 0);
+}
+
+/* Trees asked for at random while epochs go on: each as of its pin, first asked early or late. */
+static void trees_are_as_of_the_pin(void **state)
 {
     struct kit *k = *state;
-    assert_int_equal(kit_write(k, 0, 1, 3 * 4096 + 100, 'a'), 0);
-    struct store_pin *pin = pin_it(k, 1, 3 * 4096 + 100);
-    assert_int_equal(kit_write(k, 0, 2, 3 * 4096 + 100, 'b'), 0);
-    struct told told = {0};
-    store_pin_hash(pin, 1, 100, kit_read_done, &told);
-    assert_int_equal(kit_wait(k, &told), 0);
-    assert_int_equal(told.data->len, 3 * 16);
-    uint8_t page[4096];
-    memset(page, 'a', sizeof page);
-    XXH128_canonical_t whole, end;
-    XXH128_canonicalFromHash(&whole, XXH3_128bits(page, sizeof page));
-    XXH128_canonicalFromHash(&end, XXH3_128bits(page, 100));
-    assert_memory_equal(told.data->data, &whole, 16);
-    assert_memory_equal(told.data->data + 16, &whole, 16);
-    assert_memory_equal(told.data->data + 32, &end, 16);
-    buf_drop(told.data);
-    told = (struct told){0};
-    store_pin_hash(pin, 100, 5, kit_read_done, &told);
-    assert_int_equal(kit_wait(k, &told), 0);
-    assert_int_equal(told.data->len, 0);
-    buf_drop(told.data);
+    struct model now = {0}, of[8] = {0};
+    struct store_pin *pins[8] = {0};
+    unsigned seed = 7;
+    k->s->limits.pin_budget = 16u << 20;
+    for (uint64_t epoch = 1; epoch <= 120; epoch++) {
+        change(k, &now, epoch, &seed);
+        unsigned i = pick(&seed, 8);
+        if (pins[i]) {
+            expect_tree(k, pins[i], &of[i], !pick(&seed, 4));
+            store_unpin(pins[i]);
+        }
+        pins[i] = pin_it(k, epoch, now.size);
+        of[i] = now;
+        if (pick(&seed, 2))
+            expect_tree(k, pins[i], &of[i], false);
+    }
+    for (unsigned i = 0; i < 8; i++)
+        if (pins[i]) {
+            expect_tree(k, pins[i], &of[i], false);
+            store_unpin(pins[i]);
+        }
+}
+
+/* Asked at once, of two pins, while an epoch is on its way: no answer is a mix. */
+static void trees_while_an_epoch_is_applied(void **state)
+{
+    struct kit *k = *state;
+    struct model m = {.size = 600 * FRAME_PAGE};
+    memset(m.fill, 'a', sizeof m.fill);
+    k->s->limits.pin_budget = 16u << 20;
+    assert_int_equal(kit_write(k, 0, 1, m.size, 'a'), 0);
+    for (uint64_t epoch = 2; epoch < 12; epoch++) {
+        struct store_pin *pin = pin_it(k, epoch - 1, m.size);
+        struct told told[6] = {0}, durable = {0};
+        for (unsigned i = 0; i < 3; i++)
+            store_pin_hash(pin, 3, 0, 1, i == 1, kit_read_done, &told[i]);
+        struct store_txn *t = kit_txn(k);
+        assert_int_equal(kit_region(k, t, 0, epoch, UINT64_MAX, m.size), 0);
+        for (unsigned at = 0; at < 600; at += 15)
+            assert_int_equal(kit_pages(k, t, 0, at * FRAME_PAGE, FRAME_DATA_MAX, 'a' + (int)epoch), 0);
+        store_txn_commit(t, kit_durable, &durable);
+        for (unsigned i = 3; i < 6; i++)
+            store_pin_hash(pin, 3, 0, 1, i == 4, kit_read_done, &told[i]);
+        uint8_t want[16];
+        model_node(&m, 3, 0, want);
+        for (unsigned i = 0; i < 6; i++) {
+            assert_int_equal(kit_wait(k, &told[i]), 0);
+            assert_memory_equal(told[i].data->data, want, 16);
+            buf_drop(told[i].data);
+        }
+        assert_int_equal(kit_wait(k, &durable), 0);
+        store_unpin(pin);
+        memset(m.fill, 'a' + (int)epoch, sizeof m.fill);
+    }
+}
+
+static void write_behind_its_back(struct region *r, uint64_t offset, uint8_t byte)
+{
+    assert_int_equal(pwrite(r->fd, &byte, 1, (off_t)offset), 1);
+}
+
+static void fresh_reads_again(void **state)
+{
+    struct kit *k = *state;
+    struct model m = {.size = 40 * FRAME_PAGE};
+    memset(m.fill, 'a', 40);
+    assert_int_equal(kit_write(k, 0, 1, m.size, 'a'), 0);
+    struct store_pin *pin = pin_it(k, 1, m.size);
+    expect_tree(k, pin, &m, false);
+    write_behind_its_back(pin->r, 20 * FRAME_PAGE, 'x');
+    expect_tree(k, pin, &m, false); /* nobody told it */
+    int err;
+    struct buf *b = pin_hash(k, pin, 1, 0, 1, true, &err); /* does not look there */
+    buf_drop(b);
+    expect_tree(k, pin, &m, false);
+    b = pin_hash(k, pin, 1, 1, 1, true, &err);
+    uint8_t want[16];
+    model_node(&m, 1, 1, want);
+    assert_memory_not_equal(b->data, want, 16);
+    buf_drop(b);
+    b = pin_hash(k, pin, 0, 20, 1, false, &err); /* it knows now */
+    model_node(&m, 0, 20, want);
+    assert_memory_not_equal(b->data, want, 16);
+    buf_drop(b);
+    store_unpin(pin);
+}
+
+/* A delta that did not come out right: what is in the file is looked at anew. */
+static void a_refused_delta_doubts_the_tree(void **state)
+{
+    struct kit *k = *state;
+    assert_int_equal(kit_write(k, 0, 1, 40 * FRAME_PAGE, 'a'), 0);
+    struct store_pin *pin = pin_it(k, 1, 40 * FRAME_PAGE);
+    int err;
+    struct buf *before = pin_hash(k, pin, 2, 0, 1, false, &err);
+    write_behind_its_back(pin->r, 20 * FRAME_PAGE, 'x');
+    struct buf *b = buf_new(8 + 16 + FRAME_DELTA_HEAD + FRAME_DELTA_BLOCK);
+    struct frame_extent e = {.offset = 0, .len = FRAME_PAGE, .kind = FRAME_PAGES_DELTA};
+    b->len = (uint32_t)frame_pages_put(b->data, b->cap, 0, &e, 1);
+    memset(b->data + b->len, 7, FRAME_DELTA_HEAD + FRAME_DELTA_BLOCK);
+    put_u32(b->data + b->len + 16, 1);
+    b->len += FRAME_DELTA_HEAD + FRAME_DELTA_BLOCK;
+    struct store_txn *t = kit_txn(k);
+    assert_int_equal(kit_region(k, t, 0, 2, UINT64_MAX, 40 * FRAME_PAGE), 0);
+    assert_int_equal(kit_add(k, t, FRAME_PAGES, b), 0);
+    assert_int_equal(kit_commit(k, t), -EBADMSG);
+    struct buf *after = pin_hash(k, pin, 2, 0, 1, false, &err);
+    assert_int_equal(err, 0);
+    assert_memory_not_equal(before->data, after->data, 16);
+    buf_drop(before);
+    buf_drop(after);
+    store_unpin(pin);
+}
+
+/* Holes are neither read nor kept. */
+static void trees_of_holes(void **state)
+{
+    struct kit *k = *state;
+    struct store_txn *t = kit_txn(k);
+    assert_int_equal(kit_op(k, t, FRAME_OP_CREATE, 0, 0), 0);
+    assert_int_equal(kit_region(k, t, 0, 1, UINT64_MAX, 1ull << 40), 0);
+    assert_int_equal(kit_commit(k, t), 0);
+    struct store_pin *pin = pin_it(k, 1, 1ull << 40);
+    int err;
+    struct buf *b = pin_hash(k, pin, 7, 0, 1, false, &err);
+    static const uint8_t zeros[16];
+    assert_memory_equal(b->data, zeros, 16);
+    buf_drop(b);
+    t = kit_txn(k);
+    assert_int_equal(kit_region(k, t, 0, 2, UINT64_MAX, 1ull << 40), 0);
+    assert_int_equal(kit_pages(k, t, 0, (1ull << 39) + 4096, 4096, 'h'), 0);
+    assert_int_equal(kit_commit(k, t), 0);
+    b = pin_hash(k, pin, 7, 0, 1, false, &err);
+    assert_memory_equal(b->data, zeros, 16);
+    buf_drop(b);
+    struct store_pin *two = pin_it(k, 2, 1ull << 40);
+    b = pin_hash(k, two, 7, 0, 1, false, &err);
+    assert_memory_not_equal(b->data, zeros, 16);
+    buf_drop(b);
+    store_unpin(pin);
+    store_unpin(two);
+}
+
+static void trees_beyond_the_budget(void **state)
+{
+    struct kit *k = *state;
+    k->s->limits.pin_budget = 100 << 10;
+    assert_int_equal(kit_write(k, 0, 1, 300000, 'a'), 0);
+    struct store_pin *pin = pin_it(k, 1, 300000);
+    int err;
+    struct buf *b = pin_hash(k, pin, 0, 0, 10, false, &err);
+    assert_int_equal(err, 0);
+    buf_drop(b);
+    assert_int_equal(kit_write(k, 0, 2, 300000, 'c'), 0);
+    assert_int_equal(kit_byte(k, "r", 0), 'c'); /* applied */
+    assert_null(pin_hash(k, pin, 0, 0, 10, false, &err));
+    assert_int_equal(err, -ENOBUFS);
+    assert_null(pin_hash(k, pin, 2, 0, 1, true, &err));
+    assert_int_equal(err, -ENOBUFS);
     store_unpin(pin);
 }
 
@@ -214,9 +471,17 @@ static void no_region_no_pin(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        BOTH(survives_changes),        BOTH(survives_truncation_and_removal),
-        BOTH(pins_in_a_row_of_epochs), BOTH(beyond_the_budget_says_so),
-        BOTH(holes_cost_no_budget),    BOTH(hashes),
+        BOTH(survives_changes),
+        BOTH(survives_truncation_and_removal),
+        BOTH(pins_in_a_row_of_epochs),
+        BOTH(beyond_the_budget_says_so),
+        BOTH(holes_cost_no_budget),
+        BOTH(trees_are_as_of_the_pin),
+        BOTH(trees_while_an_epoch_is_applied),
+        BOTH(fresh_reads_again),
+        BOTH(a_refused_delta_doubts_the_tree),
+        BOTH(trees_of_holes),
+        BOTH(trees_beyond_the_budget),
         BOTH(no_region_no_pin),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

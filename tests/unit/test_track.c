@@ -17,6 +17,7 @@
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 #define PAGES 300u
 
@@ -59,6 +60,112 @@ static void hashes_of_zeros_are_zero_and_cutting_forgets(void **state)
     for (uint64_t p = 11; p < 1000; p++)
         assert_true(page_hash_same(hashes_get(&h, p), (struct page_hash){0, 0}));
     hashes_free(&h);
+}
+
+/* The tree, computed the plain way. */
+static struct page_hash plain_node(const struct page_hash *leaf, uint64_t pages, unsigned level, uint64_t i)
+{
+    uint8_t of[HASH_FAN * HASH_BYTES], zeros[sizeof of] = {0};
+    if (!level)
+        return i < pages ? leaf[i] : HASH_ZEROS;
+    for (unsigned k = 0; k < HASH_FAN; k++) {
+        struct page_hash child = plain_node(leaf, pages, level - 1, i * HASH_FAN + k);
+        if (page_hash_same(child, HASH_UNKNOWN))
+            return HASH_UNKNOWN;
+        page_hash_put(of + k * HASH_BYTES, child);
+    }
+    if (!memcmp(of, zeros, sizeof of))
+        return HASH_ZEROS;
+    XXH128_hash_t h = XXH3_128bits(of, sizeof of);
+    return (struct page_hash){h.low64, h.high64};
+}
+
+#define LEAVES 9000u
+
+/* Everything that changes pages, at random, nodes read in between at random; compared with the plain tree. */
+static void the_tree_follows_every_change(void **state)
+{
+    (void)state;
+    static struct page_hash leaf[LEAVES];
+    struct hashes h = {.bare = true};
+    uint64_t room = 300;
+    assert_int_equal(hashes_room(&h, room), 0);
+    srandom(5);
+    for (unsigned round = 0; round < 3000; round++) {
+        uint64_t at = (uint64_t)random() % room, to = at + (uint64_t)random() % (room - at + 1);
+        struct page_hash v = {(uint64_t)random() + 2, (uint64_t)random()};
+        switch (random() % 8) {
+        case 0:
+            hashes_clear(&h, at, to);
+            for (uint64_t p = at; p < to; p++)
+                leaf[p] = HASH_ZEROS;
+            break;
+        case 1:
+            if (random() % 8)
+                break;
+            hashes_cut(&h, at * PAGE + (round & 1));
+            if (round & 1)
+                leaf[at++] = HASH_UNKNOWN;
+            for (uint64_t p = at; p < LEAVES; p++)
+                leaf[p] = HASH_ZEROS;
+            break;
+        case 2:
+            if (room < LEAVES && !(random() % 40))
+                room = room * 2 < LEAVES ? room * 2 : LEAVES;
+            assert_int_equal(hashes_room(&h, room), 0);
+            break;
+        case 3:
+            v = random() % 2 ? HASH_UNKNOWN : HASH_ZEROS; /* fall through */
+        default:
+            hashes_set(&h, at, v);
+            leaf[at] = v;
+        }
+        unsigned level = (unsigned)random() % 6;
+        uint64_t node = (uint64_t)random() % (hashes_nodes(room, level) + 1);
+        struct page_hash want = plain_node(leaf, LEAVES, level, node);
+        if (!page_hash_same(hashes_node(&h, level, node), want))
+            fail_msg("round %u: level %u node %llu", round, level, (unsigned long long)node);
+        uint64_t next = at;
+        while (next < room && page_hash_same(leaf[next], HASH_ZEROS))
+            next++;
+        assert_int_equal(hashes_next(&h, at), next == room ? h.pages : next);
+        for (next = at; next < room && !page_hash_same(leaf[next], HASH_UNKNOWN);)
+            next++;
+        assert_int_equal(hashes_next_unknown(&h, at), next == room ? h.pages : next);
+    }
+    hashes_free(&h);
+}
+
+/* Holes, data, an end within a page, and what it was before: the file's content is what counts. */
+static void files_are_read_as_they_are(void **state)
+{
+    (void)state;
+    FILE *f = tmpfile();
+    int fd = fileno(f);
+    struct hashes h = {.bare = true};
+    uint8_t *scratch = malloc(HASH_SCRATCH), page[PAGE];
+    const uint64_t pages = 5000;
+    assert_int_equal(ftruncate(fd, (off_t)(pages * PAGE - 10)), 0);
+    for (uint64_t p = 0; p < pages; p++)
+        if (p % 1000 < 200 || p == pages - 1) {
+            memset(page, (int)(p % 250) + 1, sizeof page);
+            assert_int_equal(pwrite(fd, page, p == pages - 1 ? PAGE - 10 : PAGE, (off_t)(p * PAGE)),
+                             p == pages - 1 ? PAGE - 10 : PAGE);
+        }
+    assert_int_equal(hashes_room(&h, pages + 5), 0);
+    for (uint64_t p = 0; p < pages; p += 3)
+        hashes_set(&h, p, HASH_UNKNOWN);
+    assert_int_equal(hashes_read(&h, fd, 0, 1333, scratch), 0);
+    assert_int_equal(hashes_read(&h, fd, 1333, pages, scratch), 0);
+    for (uint64_t p = 0; p < pages; p++) {
+        memset(page, 0, sizeof page);
+        assert_true(pread(fd, page, PAGE, (off_t)(p * PAGE)) > 0);
+        if (!page_hash_same(page_hash_of(page), hashes_get(&h, p)))
+            fail_msg("page %llu", (unsigned long long)p);
+    }
+    hashes_free(&h);
+    free(scratch);
+    fclose(f);
 }
 
 struct mapped {
@@ -236,6 +343,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(extents_settle_sorts_joins_and_cuts),
         cmocka_unit_test(hashes_of_zeros_are_zero_and_cutting_forgets),
+        cmocka_unit_test(the_tree_follows_every_change),
+        cmocka_unit_test(files_are_read_as_they_are),
         cmocka_unit_test(uffd_on_disk),
         cmocka_unit_test(uffd_in_memory),
         cmocka_unit_test(hash_on_disk),
