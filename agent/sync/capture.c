@@ -190,8 +190,11 @@ static void give_back(struct capture *c, bool hashes_wrong)
         if (p->cut < p->from_size && p->cut < p->body->min_size)
             p->body->min_size = p->cut;
         p->body->unknown |= p->everything;
-        if (hashes_wrong || p->body->dirty.lost) {
-            p->body->unknown = p->body->refetch = true;
+        if (p->body->dirty.lost)
+            p->body->unknown = true;
+        p->body->dirty.lost = false;
+        if (hashes_wrong) {
+            p->body->refetch = true;
             p->region->attach = p->region->attach == ATTACH_DONE ? ATTACH_LOOSE : p->region->attach;
         }
     }
@@ -226,7 +229,7 @@ static void capture_fail(struct capture *c)
         }
         for (size_t i = 0; i < c->epoch->ntouched; i++) {
             struct body *b = c->epoch->touched[i].body;
-            b->unknown = b->refetch = true;
+            b->refetch = true;
             if (b->region && b->region->attach == ATTACH_DONE)
                 b->region->attach = ATTACH_LOOSE;
         }
@@ -359,7 +362,7 @@ static bool begin_reading(struct capture *c)
         b->min_size = UINT64_MAX;
         b->size = p->size;
         b->killed &= b->unknown;
-        if (!p->glance || p->everything) { /* looked into: its stamps stand for its content */
+        if (p->everything || (!p->glance && (p->by_hash || p->nmaps || p->nmarks))) { /* its stamps stand for its content */
             b->stat_mtime = p->mtime;
             b->stat_ctime = p->ctime;
             b->stat_seen = p->seen;

@@ -27,7 +27,7 @@ static void resync(struct group *g)
     for (struct region *r = g->regions; r; r = r->next_group) {
         if (!r->body || !region_takes_part(r))
             continue;
-        r->body->unknown = r->body->refetch = true;
+        r->body->refetch = true; /* what was captured and is lost shows as published, and not there */
         r->attach = r->attach == ATTACH_HASHING ? r->attach : ATTACH_LOOSE;
     }
     g->compare = false;
@@ -170,8 +170,9 @@ void group_failed(struct group *g, uint64_t seq, uint16_t code, const char *text
     if (code == FRAME_E_DELTA) { /* the queue rests on a page that is not what we took it for */
         for (struct region *r = g->regions; r; r = r->next_group)
             if (r->body)
-                r->body->plain = true;
+                r->body->plain = r->body->base_doubted = true;
         resync(g);
-    } else if (code != FRAME_E_LINEAGE)
+    } else if (code != FRAME_E_LINEAGE) {
         group_degrade(g, "the remote cannot commit: %s", text);
+    }
 }

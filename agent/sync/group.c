@@ -6,6 +6,7 @@
  * tables, and once the remote is back captures run in passes until one was not overtaken (capture.h). The first epoch
  * that becomes durable with nothing behind it ends the state. */
 #include "agent/sync/capture.h"
+#include "agent/sync/reconcile.h"
 #include "agent/base/log.h"
 
 #include <errno.h>
@@ -200,7 +201,7 @@ void group_recover(struct group *g)
         return;
     bool all = true; /* not so when a region was refused or fenced meanwhile, which was said */
     for (struct region *r = g->regions; r; r = r->next_group) {
-        if (r->body && region_takes_part(r) && (r->body->unknown || r->body->dirty.count))
+        if (r->body && region_takes_part(r) && (r->body->unknown || r->body->refetch || r->body->dirty.count))
             return;
         all &= !r->body || region_takes_part(r);
     }
@@ -261,7 +262,7 @@ static bool merge_due(struct group *g)
 void group_kick(struct group *g)
 {
     bool scan;
-    if (merge_due(g) || g->capture)
+    if (merge_due(g) || g->capture || reconcile_reads(g->link, g))
         return;
     group_settle(g);
     if (!wants(g, &scan))
@@ -287,6 +288,7 @@ void group_captured(struct group *g)
     group_settle(g);
     group_recover(g);
     group_kick(g);
+    reconciles_step(g);
 }
 
 /* Two groups that came to share a program become one, of the first's name and stream. The second's epochs stay in their

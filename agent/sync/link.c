@@ -1,9 +1,9 @@
-/* A link to one remote: dials, greets, attaches regions, fetches hashes, hands answers to groups, dials again with
+/* A link to one remote: dials, greets, attaches regions, hands answers to groups and comparisons, dials again with
  * back-off when it is lost.
  *
  * Stream 1 is the link's own (attaching, pins, hashes): urgent. Groups number theirs from 2. For a file: URL the remote
  * is a server of our own, over the store in that directory, at the other end of a socket pair: nothing else differs. */
-#include "agent/sync/model.h"
+#include "agent/sync/reconcile.h"
 #include "agent/base/log.h"
 #include "agent/base/xxh3.h"
 #include "agent/net/server.h"
@@ -17,18 +17,6 @@
 
 #define BACKOFF_MIN_MS 100u
 #define BACKOFF_MAX_MS 5000u
-#define OWN_STREAM 1u
-#define ASKED_AT_ONCE 8u
-
-/* The remote's hashes of one region on their way into its body's `published`. */
-struct fetch {
-    struct fetch *next;
-    struct region *region;
-    struct body *body; /* held */
-    uint32_t request, pin;
-    bool pinned;
-    uint64_t pages, asked, have;
-};
 
 static const struct conn_ops link_ops;
 
@@ -44,7 +32,7 @@ struct link *link_find(struct local *l, const char *address)
     }
     k->local = l;
     k->packs = pack_worth(address);
-    k->next_stream = OWN_STREAM;
+    k->next_stream = LINK_STREAM;
     k->down_since = uv_now(l->loop);
     k->next = l->links;
     l->links = k;
@@ -157,22 +145,11 @@ static void link_open(void *owner, const struct frame_hello *peer)
     k->reason[0] = 0;
     k->moved = uv_now(k->local->loop);
     snprintf(k->peer_host, sizeof k->peer_host, "%s", peer->host);
-    conn_set_priority(k->conn, OWN_STREAM, CONN_URGENT);
+    conn_set_priority(k->conn, LINK_STREAM, CONN_URGENT);
     log_info("%s: connected (%s)", k->address, k->peer_host);
     for (struct group *g = k->groups, *next; g; g = next) {
         next = g->next;
         group_link_up(g);
-    }
-}
-
-static void fetches_drop(struct link *k)
-{
-    while (k->fetches) {
-        struct fetch *f = k->fetches;
-        k->fetches = f->next;
-        f->body->refetch = true;
-        body_drop(f->body);
-        free(f);
     }
 }
 
@@ -192,7 +169,7 @@ static void link_closed(void *owner, int err, const char *why)
                                                          : k->backoff_ms * 2;
     k->retry_at = uv_now(k->local->loop) + k->backoff_ms;
     log_info("%s: %s; trying again in %u ms", k->address, k->reason, k->backoff_ms);
-    fetches_drop(k);
+    reconciles_drop(k);
     for (struct group *g = k->groups, *next; g; g = next) {
         next = g->next;
         group_link_lost(g);
@@ -202,11 +179,13 @@ static void link_closed(void *owner, int err, const char *why)
 static void send_own(struct link *k, uint8_t type, struct buf *b)
 {
     if (b)
-        conn_send(k->conn, OWN_STREAM, type, b);
+        conn_send(k->conn, LINK_STREAM, type, b);
 }
 
 void link_attach(struct region *r)
 {
+    if (r->body && reconcile_has(r->link, r->body))
+        return; /* a comparison that was given up is not done with it: asked again by the clock */
     struct frame_attach *a = malloc(sizeof *a);
     struct buf *b = buf_new(NAME_CAP + 16);
     if (!a || !b || r->link->state != LINK_UP) {
@@ -221,145 +200,6 @@ void link_attach(struct region *r)
     free(a);
     r->attach = ATTACH_ASKED;
     send_own(r->link, FRAME_ATTACH, b);
-}
-
-/* ---- fetching hashes ---- */
-
-void link_fetch(struct region *r)
-{
-    struct link *k = r->link;
-    struct fetch *f = calloc(1, sizeof *f);
-    struct buf *b = buf_new(NAME_CAP + 16);
-    if (!f || !b) {
-        free(f);
-        buf_drop(b);
-        return;
-    }
-    *f = (struct fetch){.next = k->fetches, .region = r, .body = r->body, .request = ++k->next_request};
-    body_hold(f->body);
-    k->fetches = f;
-    struct wr w = wr_over(b->data, b->cap);
-    wr_u32(&w, f->request);
-    wr_str(&w, r->name);
-    b->len = (uint32_t)wr_len(&w);
-    send_own(k, FRAME_PIN, b);
-}
-
-static void fetch_end(struct link *k, struct fetch *f, bool good)
-{
-    struct fetch **at = &k->fetches;
-    while (*at != f)
-        at = &(*at)->next;
-    *at = f->next;
-    if (f->pinned) {
-        struct buf *b = buf_new(4);
-        if (b) {
-            put_u32(b->data, f->pin);
-            b->len = 4;
-        }
-        send_own(k, FRAME_UNPIN, b);
-    }
-    struct region *r = f->region;
-    if (r->body == f->body && r->attach == ATTACH_HASHING) {
-        r->attach = good ? ATTACH_DONE : ATTACH_LOOSE;
-        r->body->refetch = !good;
-        r->retry_at = good ? 0 : uv_now(k->local->loop) + 1000;
-    } else if (r->attach == ATTACH_HASHING) {
-        r->attach = ATTACH_LOOSE;
-    }
-    body_drop(f->body);
-    free(f);
-    group_check(r->group);
-}
-
-static void fetch_ask(struct link *k, struct fetch *f)
-{
-    while (f->asked < f->pages && f->asked - f->have < ASKED_AT_ONCE * FRAME_HASHES_MAX) {
-        uint64_t left = f->pages - f->asked;
-        struct frame_hash h = {.request = f->request, .pin = f->pin, .first = f->asked};
-        h.count = left < FRAME_HASHES_MAX ? (uint32_t)left : FRAME_HASHES_MAX;
-        struct buf *b = buf_new(32);
-        if (!b)
-            return;
-        b->len = (uint32_t)frame_hash_put(b->data, b->cap, &h);
-        send_own(k, FRAME_HASH, b);
-        f->asked += h.count;
-    }
-    if (f->have >= f->pages)
-        fetch_end(k, f, true);
-}
-
-static struct fetch *fetch_of(struct link *k, uint32_t request)
-{
-    for (struct fetch *f = k->fetches; f; f = f->next)
-        if (f->request == request)
-            return f;
-    return NULL;
-}
-
-static void take_pinned(struct link *k, const struct buf *p)
-{
-    struct frame_entry *e = malloc(sizeof *e);
-    uint32_t request = 0, pin = 0;
-    if (!e || frame_pinned_get(p->data, p->len, &request, &pin, e)) {
-        free(e);
-        conn_close(k->conn, false, FRAME_E_PROTOCOL, "malformed PINNED");
-        return;
-    }
-    struct fetch *f = fetch_of(k, request);
-    if (f) {
-        f->pin = pin;
-        f->pinned = true;
-        f->pages = (e->size + PAGE - 1) / PAGE;
-        f->body->size = e->size;
-        f->body->epoch = f->body->durable = e->epoch;
-        if (hashes_room(&f->body->published, f->pages))
-            fetch_end(k, f, false);
-        else
-            fetch_ask(k, f);
-    }
-    free(e);
-}
-
-/* The wire's hash of a page of zeros, to be told from others: the table has 0 for it. */
-static struct page_hash from_wire(const uint8_t *h)
-{
-    static const uint8_t zeros[PAGE];
-    static XXH128_hash_t none;
-    static bool known;
-    if (!known) {
-        none = XXH3_128bits(zeros, PAGE);
-        known = true;
-    }
-    XXH128_canonical_t c;
-    memcpy(&c, h, sizeof c);
-    XXH128_hash_t v = XXH128_hashFromCanonical(&c);
-    if (XXH128_isEqual(v, none))
-        return (struct page_hash){0, 0};
-    struct page_hash p = {v.low64, v.high64};
-    if (!p.hi && p.lo <= 1)
-        p.hi = 1;
-    return p;
-}
-
-static void take_hashes(struct link *k, const struct buf *p)
-{
-    struct rd r = rd_over(p->data, p->len);
-    uint32_t request = rd_u32(&r), count = rd_u32(&r);
-    struct fetch *f = fetch_of(k, request);
-    conn_credit(k->conn, OWN_STREAM, p->len);
-    if (!f)
-        return;
-    if (r.bad || rd_left(&r) != (size_t)count * 16 || !count || count > f->asked - f->have) {
-        conn_close(k->conn, false, FRAME_E_PROTOCOL, "malformed HASHES");
-        return;
-    }
-    for (uint32_t i = 0; i < count; i++, f->have++) {
-        const uint8_t *h = rd_take(&r, 16);
-        bool whole = (f->have + 1) * PAGE <= f->body->size; /* a short last page was hashed short: ours is filled up */
-        hashes_set(&f->body->published, f->have, whole ? from_wire(h) : HASH_UNKNOWN);
-    }
-    fetch_ask(k, f);
 }
 
 /* ---- answers ---- */
@@ -394,10 +234,8 @@ static void take_failed(struct link *k, uint32_t stream, const struct buf *p)
         conn_close(k->conn, false, FRAME_E_PROTOCOL, "malformed FAILED");
         return;
     }
-    if (stream == OWN_STREAM) {
-        struct fetch *fetch = fetch_of(k, (uint32_t)f.seq);
-        if (fetch)
-            fetch_end(k, fetch, false);
+    if (stream == LINK_STREAM) {
+        reconcile_failed(k, (uint32_t)f.seq, f.text);
         return;
     }
     struct group *g = group_by_epoch(k, stream, f.seq);
@@ -410,6 +248,7 @@ static void link_frame(void *owner, uint32_t stream, uint8_t type, struct buf *p
     struct link *k = owner;
     uint64_t seq = (type == FRAME_RECEIVED || type == FRAME_DURABLE) && p->len == 8 ? get_u64(p->data) : 0;
     struct group *g = seq ? group_by_epoch(k, stream, seq) : NULL;
+    const char *fault;
     switch (type) {
     case FRAME_ATTACHED:
         take_attached(k, p);
@@ -426,10 +265,10 @@ static void link_frame(void *owner, uint32_t stream, uint8_t type, struct buf *p
         take_failed(k, stream, p);
         return;
     case FRAME_PINNED:
-        take_pinned(k, p);
-        return;
     case FRAME_HASHES:
-        take_hashes(k, p);
+        fault = reconcile_take(k, type, p);
+        if (fault)
+            conn_close(k->conn, false, FRAME_E_PROTOCOL, fault);
         return;
     case FRAME_OK:
     case FRAME_CLOSE:

@@ -127,7 +127,7 @@ static bool links_closed(struct local *l)
             server_stop(k->server, server_stopped, k);
         }
         k->stopping = true;
-        closed &= !k->conn && !k->server && !k->store;
+        closed &= !k->conn && !k->server && !k->store && !k->reconciles;
         for (struct group *g = k->groups; g; g = g->next)
             closed &= !g->capture;
     }

@@ -13,10 +13,11 @@
  * - epoch: one capture, as the remote commits it; kept until it is durable there, as far as EPOCH_KEEP and GROUP_KEEP
  * allow.
  *
- * A region's way to the remote (enum attach): LOOSE -> ASKED (ATTACH sent) -> [HASHING (the remote's hashes are
- * fetched)] -> ATTACHED; a lost link makes it LOOSE; REFUSED and FENCED are left only by a person. Its body is
- * `unknown` when its published hashes are right but what changed since is not known: the next capture compares all of
- * it. That one mechanism serves first attach, reconnect without continuity, killed programs, lost agents. */
+ * A region's way to the remote (enum attach): LOOSE -> ASKED (ATTACH sent) -> [HASHING (compared with the remote's, see
+ * reconcile.c)] -> ATTACHED; a lost link makes it LOOSE; REFUSED and FENCED are left only by a person. Its body is
+ * `unknown` when what changed since its hashes were published is not known (first attach, killed programs, lost agents):
+ * the next capture, or comparison, reads all of it. It is `refetch` when what was published may not be what the remote
+ * has (reconnect without continuity, a refused delta): the next ATTACH leads to a comparison. */
 #ifndef SYNC_MODEL_H
 #define SYNC_MODEL_H
 
@@ -58,6 +59,8 @@ struct local {
     void *stopped_arg;
 };
 
+#define LINK_STREAM 1u /* the link's own: attaching, comparing */
+
 enum link_state { LINK_DOWN, LINK_DIALLING, LINK_UP };
 
 /* A remote. file: URLs are served by a server of our own over a socket pair. */
@@ -79,7 +82,7 @@ struct link {
     uint64_t moved, moved_bytes;  /* when bytes last moved, and how many had */
     struct region *regions;
     struct group *groups;
-    struct fetch *fetches;
+    struct reconcile *reconciles; /* reconcile.c */
     bool stopping, stopping_server;
     bool packs;  /* its bytes leave this host: saving some is worth the time */
     bool broken; /* can never work (bad URL, not built): reason says why */
@@ -121,8 +124,9 @@ struct body {
     uint64_t durable;  /* and of the last one committed there */
     bool created;      /* the remote has it, or an epoch in the queue makes it */
     bool moved;        /* renamed since the last capture: its number goes up with the name */
-    bool unknown, refetch,
-        killed; /* refetch: the published hashes are not right any more. killed: a program died with stores unseen */
+    bool unknown, refetch, killed; /* unknown: stores may be untracked. refetch: the published hashes may not be what the
+                                      remote has. killed: a program died with stores unseen */
+    bool base_doubted;             /* the published blocks may not be what their hashes say */
     bool plain; /* the remote's page was not what a delta or a move rests on: whole pages until an epoch is durable */
     uint64_t size, min_size; /* size: as last captured. min_size: lowest since */
     struct extents dirty;
@@ -300,7 +304,6 @@ const char *region_state(const struct region *r);
 /* link.c */
 void link_tick(struct link *k, uint64_t now);
 void link_attach(struct region *r);
-void link_fetch(struct region *r);
 void link_stop(struct link *k);
 
 /* group.c */

@@ -11,7 +11,7 @@
  *     a region            anything else                                  REFUSED, both named: nothing is sent
  *     a lease held        -                                              asked again every few seconds; FENCED when we
  * had it before */
-#include "agent/sync/model.h"
+#include "agent/sync/reconcile.h"
 #include "agent/base/log.h"
 
 #include <errno.h>
@@ -180,11 +180,8 @@ static void compare(struct region *r)
     b->epoch = b->durable = r->there.epoch;
     b->size = r->there.size;
     b->created = true;
-    b->unknown = true;
-    hashes_free(&b->published);
-    r->attach = ATTACH_HASHING;
     region_reserve(r);
-    link_fetch(r);
+    reconcile_start(r);
 }
 
 /* Is the remote's region this file's past, as far as anybody can tell? NULL, or why it is not. */
@@ -249,7 +246,6 @@ static void later_answer(struct region *r)
                       r->name, r->link->address);
         refuse(r, ATTACH_FENCED);
     } else if (exists && id_same(&r->there.lineage, &b->lineage)) {
-        b->refetch = false;
         compare(r);
     } else {
         region_create(r);
