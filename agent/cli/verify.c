@@ -1,4 +1,9 @@
-/* memsync verify: the hashes of all pages here and there.
+/* memsync verify: both ends' hash trees (wire/frame.md, track/hashes.h), from the top down.
+ *
+ * Every byte is read at both ends, once: the first nodes are asked for `fresh`, at a level low enough that some hundred
+ * of them cover the region (so that both ends read at the same time, and it shows how far they are), high enough that
+ * these are all that travels when nothing differs. Where they differ their children are asked for, and so on to the
+ * pages.
  *
  * A region that the local agent tracks is published before the remote's epoch is pinned. What a program stores between
  * that publication and our own reading makes pages differ that are right; so those that differ are looked at again,
@@ -8,6 +13,7 @@
 #include "agent/base/xxh3.h"
 #include "agent/cli/local.h"
 #include "agent/cli/peer.h"
+#include "agent/track/hashes.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -19,13 +25,22 @@
 #include <unistd.h>
 
 #define OUTSTANDING 16u
-#define LOCAL_BYTES ((size_t)FRAME_HASHES_MAX * FRAME_PAGE)
-#define LOOKS 10u /* at most, at what differs in a tracked file */
-#define SHOWN 16u /* differing runs that are named */
+#define NODES_AT_FIRST 256u
+#define PAGES_A_REQUEST ((64u << 20) / FRAME_PAGE) /* read for one answer, if that is more than a node */
+#define LOOKS 10u                                  /* at most, at what differs in a tracked file */
+#define SHOWN 16u                                  /* differing runs that are named */
 
 struct pages {
     uint64_t *page;
     size_t count, cap;
+};
+
+/* Nodes to be asked for, and compared. fresh: their pages have not been read yet, neither here nor there. */
+struct nodes {
+    unsigned level;
+    uint64_t first, count;
+    bool fresh;
+    uint32_t request; /* once asked; 0: free */
 };
 
 struct verify {
@@ -38,7 +53,14 @@ struct verify {
     uint64_t size; /* of the file here, at this look */
     uint32_t pin;
     struct frame_entry entry;
-    uint8_t *buffer;
+    struct hashes here;
+    struct nodes *todo; /* from the first one that was not asked for on */
+    size_t next, count, cap;
+    struct nodes asked[OUTSTANDING];
+    unsigned outstanding;
+    uint32_t requests;
+    uint64_t pages, read; /* pages: compared, up to the shorter end */
+    uint8_t *scratch;
     struct progress progress;
 };
 
@@ -56,94 +78,155 @@ static int pages_add(struct pages *d, uint64_t page)
     return 0;
 }
 
-static int ask(struct verify *v, uint64_t first, uint32_t count)
+static int by_number(const void *a, const void *b)
 {
-    uint8_t payload[64];
-    struct frame_hash h = {.request = (uint32_t)(first & UINT32_MAX), .pin = v->pin, .first = first, .count = count};
-    return peer_send(v->peer, FRAME_HASH, payload, frame_hash_put(payload, sizeof payload, &h));
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
 }
 
-static int read_here(struct verify *v, uint64_t offset, size_t len)
+static void pages_sort(struct pages *d)
 {
-    for (size_t have = 0; have < len;) {
-        ssize_t n = pread(v->fd, v->buffer + have, len - have, (off_t)(offset + have));
-        if (n <= 0)
-            return cli_fail(CLI_FAILED, "%s cannot be read: %s", v->path,
-                            n ? strerror(errno) : "it became shorter; try again");
-        have += (size_t)n;
+    if (d->count)
+        qsort(d->page, d->count, sizeof *d->page, by_number);
+}
+
+static uint64_t pages_of(uint64_t bytes)
+{
+    return bytes / FRAME_PAGE + (bytes % FRAME_PAGE != 0);
+}
+
+static int todo_add(struct verify *v, struct nodes n)
+{
+    struct nodes *last = v->count > v->next ? &v->todo[v->count - 1] : NULL;
+    if (last && !n.fresh && !last->fresh && last->level == n.level && last->first + last->count == n.first &&
+        last->count + n.count <= FRAME_HASHES_MAX) {
+        last->count += n.count;
+        return 0;
     }
+    if (v->next == v->count)
+        v->next = v->count = 0;
+    if (v->count == v->cap) {
+        size_t cap = v->cap ? 2 * v->cap : 256;
+        struct nodes *more = reallocarray(v->todo, cap, sizeof *more);
+        if (!more)
+            return cli_fail(CLI_FAILED, "no memory");
+        v->todo = more;
+        v->cap = cap;
+    }
+    v->todo[v->count++] = n;
     return 0;
 }
 
-/* HASHES of pages from `first`: compared with ours, the differing ones added. 0, or an exit code (said). */
-static int take(struct verify *v, const struct peer_frame *f, uint64_t first, uint32_t count, struct pages *different)
+/* All of it. */
+static int todo_all(struct verify *v)
 {
-    if (f->type == FRAME_FAILED) {
-        peer_failed(v->peer, f);
+    unsigned level = 0;
+    uint64_t pages = pages_of(v->entry.size);
+    while (hashes_nodes(pages, level) > NODES_AT_FIRST)
+        level++;
+    uint64_t nodes = hashes_nodes(pages, level), step = PAGES_A_REQUEST >> (level * HASH_FAN_BITS);
+    int code = 0;
+    if (!step)
+        step = 1;
+    for (uint64_t first = 0; !code && first < nodes; first += step)
+        code = todo_add(v, (struct nodes){level, first, nodes - first < step ? nodes - first : step, true, 0});
+    return code;
+}
+
+static int todo_some(struct verify *v, const struct pages *which)
+{
+    int code = 0;
+    for (size_t i = 0, run; !code && i < which->count; i += run) {
+        for (run = 1; i + run < which->count && run < FRAME_HASHES_MAX && which->page[i + run] == which->page[i] + run;)
+            run++;
+        if (which->page[i] < v->pages)
+            code = todo_add(v, (struct nodes){0, which->page[i], run, true, 0});
+    }
+    return code;
+}
+
+static int ask(struct verify *v, struct nodes *slot)
+{
+    uint8_t payload[64];
+    *slot = v->todo[v->next++];
+    slot->request = ++v->requests ? v->requests : ++v->requests;
+    uint64_t nodes = hashes_nodes(pages_of(v->entry.size), slot->level); /* of what differed it may have fewer by now */
+    if (slot->first + slot->count > nodes)
+        slot->count = nodes - slot->first;
+    struct frame_hash h = {slot->request,        v->pin,     slot->first, (uint32_t)slot->count,
+                           (uint8_t)slot->level, slot->fresh};
+    v->outstanding++;
+    if (peer_send(v->peer, FRAME_HASH, payload, frame_hash_put(payload, sizeof payload, &h)))
+        return cli_fail(CLI_FAILED, "%s", v->peer->error);
+    return 0;
+}
+
+static int read_here(struct verify *v, const struct nodes *n)
+{
+    unsigned shift = n->level * HASH_FAN_BITS;
+    uint64_t end = pages_of(v->size), from = n->first << shift, to = (n->first + n->count) << shift;
+    v->read += to - from;
+    progress_at(&v->progress, v->read * FRAME_PAGE);
+    if (to > end)
+        to = end; /* what we do not have is zeros */
+    int rc = from < to ? hashes_read(&v->here, v->fd, from, to, v->scratch) : 0;
+    return rc ? cli_fail(CLI_FAILED, "%s cannot be read: %s", v->path, strerror(-rc)) : 0;
+}
+
+/* Where they differ: children, and pages. */
+static int compare(struct verify *v, const struct nodes *n, const uint8_t *theirs, struct pages *different)
+{
+    uint64_t pages = pages_of(v->entry.size);
+    int code = 0;
+    for (uint64_t i = 0; !code && i < n->count; i++, theirs += HASH_BYTES) {
+        uint64_t node = n->first + i, child = node * HASH_FAN;
+        if (page_hash_same(hashes_node(&v->here, n->level, node), page_hash_from(theirs)))
+            continue;
+        if (n->level) {
+            uint64_t left = hashes_nodes(pages, n->level - 1) - child;
+            code = todo_add(v, (struct nodes){n->level - 1, child, left < HASH_FAN ? left : HASH_FAN, false, 0});
+        } else if (node < v->pages && pages_add(different, node)) {
+            code = cli_fail(CLI_FAILED, "no memory");
+        }
+    }
+    return code;
+}
+
+/* An answer: requests are answered as they are done, so each is matched by its number. 0, or an exit code (said). */
+static int take(struct verify *v, struct pages *different)
+{
+    struct peer_frame f;
+    if (peer_next(v->peer, &f))
+        return cli_fail(CLI_FAILED, "%s", v->peer->error);
+    if (f.type == FRAME_FAILED) {
+        peer_failed(v->peer, &f);
         return cli_fail(CLI_FAILED, "%s at %s: %s; try again", v->name, v->remote, v->peer->error);
     }
-    uint64_t common = v->entry.size < v->size ? v->entry.size : v->size, offset = first * FRAME_PAGE;
-    size_t len =
-        common - offset < (uint64_t)count * FRAME_PAGE ? (size_t)(common - offset) : (size_t)count * FRAME_PAGE;
-    if (f->type != FRAME_HASHES || f->len != 8 + (size_t)count * 16 ||
-        get_u32(f->payload) != (uint32_t)(first & UINT32_MAX) || get_u32(f->payload + 4) != count) {
-        peer_unexpected(v->peer, f);
+    struct nodes *slot = NULL;
+    for (unsigned i = 0; i < OUTSTANDING && f.type == FRAME_HASHES && f.len >= 8; i++)
+        if (v->asked[i].request && v->asked[i].request == get_u32(f.payload))
+            slot = &v->asked[i];
+    if (!slot || get_u32(f.payload + 4) != slot->count || f.len != 8 + slot->count * HASH_BYTES) {
+        peer_unexpected(v->peer, &f);
         return cli_fail(CLI_FAILED, "%s", v->peer->error);
     }
-    int code = read_here(v, offset, len);
-    for (uint32_t i = 0; !code && i < count; i++) {
-        size_t at = (size_t)i * FRAME_PAGE, n = len - at < FRAME_PAGE ? len - at : FRAME_PAGE;
-        XXH128_canonical_t here;
-        XXH128_canonicalFromHash(&here, XXH3_128bits(v->buffer + at, n));
-        if (memcmp(&here, f->payload + 8 + (size_t)i * 16, sizeof here) && pages_add(different, first + i))
-            code = cli_fail(CLI_FAILED, "no memory");
-    }
+    int code = slot->fresh ? read_here(v, slot) : 0;
+    if (!code)
+        code = compare(v, slot, f.payload + 8, different);
+    slot->request = 0;
+    v->outstanding--;
     return code;
 }
 
-static int next_hashes(struct verify *v, struct peer_frame *f)
-{
-    return peer_next(v->peer, f) ? cli_fail(CLI_FAILED, "%s", v->peer->error) : 0;
-}
-
-/* All pages up to the shorter end, in order: the remote answers a connection's requests as they are done, so each is
- * matched by its number. */
-static int compare_all(struct verify *v, uint64_t pages, struct pages *different)
-{
-    uint64_t asked = 0, done = 0;
-    int code = 0;
-    while (!code && done < pages) {
-        struct peer_frame f;
-        for (; asked < pages && asked - done < (uint64_t)OUTSTANDING * FRAME_HASHES_MAX;) {
-            uint32_t n = pages - asked < FRAME_HASHES_MAX ? (uint32_t)(pages - asked) : FRAME_HASHES_MAX;
-            if (ask(v, asked, n))
-                return cli_fail(CLI_FAILED, "%s", v->peer->error);
-            asked += n;
-        }
-        code = next_hashes(v, &f);
-        if (code)
-            break;
-        uint64_t first = f.len >= 4 ? (done & ~(uint64_t)UINT32_MAX) | get_u32(f.payload) : UINT64_MAX;
-        uint32_t n = first < pages && pages - first < FRAME_HASHES_MAX ? (uint32_t)(pages - first) : FRAME_HASHES_MAX;
-        code = take(v, &f, first < pages ? first : 0, n, different);
-        done += n;
-        progress_at(&v->progress, done * FRAME_PAGE);
-    }
-    return code;
-}
-
-static int compare_some(struct verify *v, const struct pages *which, uint64_t pages, struct pages *different)
+static int walk(struct verify *v, struct pages *different)
 {
     int code = 0;
-    for (size_t i = 0; !code && i < which->count; i++) {
-        struct peer_frame f;
-        if (which->page[i] >= pages)
-            continue;
-        if (ask(v, which->page[i], 1))
-            return cli_fail(CLI_FAILED, "%s", v->peer->error);
-        code = next_hashes(v, &f);
+    while (!code && (v->next < v->count || v->outstanding)) {
+        for (unsigned i = 0; i < OUTSTANDING && v->next < v->count && !code; i++)
+            if (!v->asked[i].request)
+                code = ask(v, &v->asked[i]);
         if (!code)
-            code = take(v, &f, which->page[i], 1, different);
+            code = take(v, different);
     }
     return code;
 }
@@ -161,9 +244,16 @@ static int look(struct verify *v, const struct pages *which, struct pages *diffe
         return cli_fail(CLI_FAILED, "%s cannot be looked at: %m", v->path);
     v->size = (uint64_t)st.st_size;
     uint64_t common = v->entry.size < v->size ? v->entry.size : v->size;
-    /* The last page is compared as far as both have it; when the sizes differ it is said anyway. */
-    uint64_t pages = v->entry.size == v->size ? (common + FRAME_PAGE - 1) / FRAME_PAGE : common / FRAME_PAGE;
-    int code = which ? compare_some(v, which, pages, different) : compare_all(v, pages, different);
+    /* Pages are named as far as both have them; when the sizes differ that is said anyway. */
+    v->pages = v->entry.size == v->size ? pages_of(common) : common / FRAME_PAGE;
+    v->read = 0;
+    if (!which) {
+        hashes_free(&v->here);
+        v->here.bare = true;
+    }
+    int code = which ? todo_some(v, which) : todo_all(v);
+    if (!code)
+        code = walk(v, different);
     if (!code && peer_unpin(v->peer, v->pin))
         code = cli_fail(CLI_FAILED, "%s", v->peer->error);
     return code;
@@ -183,18 +273,10 @@ static void print_runs(const struct pages *d)
     }
 }
 
-static int by_number(const void *a, const void *b)
-{
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return (x > y) - (x < y);
-}
-
 static int report(struct verify *v, struct pages *d, bool json)
 {
     bool same = !d->count && v->size == v->entry.size;
     unsigned long long pages = (v->size + FRAME_PAGE - 1) / FRAME_PAGE, epoch = v->entry.epoch;
-    if (d->count)
-        qsort(d->page, d->count, sizeof *d->page, by_number);
     if (json) {
         json_t *list = json_array();
         for (size_t i = 0; i < d->count; i++)
@@ -227,12 +309,14 @@ static int verify(struct verify *v, bool json)
     progress_start(&v->progress, v->name, fstat(v->fd, &st) ? 0 : (uint64_t)st.st_size);
     int code = look(v, NULL, &last);
     progress_end(&v->progress);
+    pages_sort(&last);
     for (unsigned n = 1; n < LOOKS && v->live && !code && (last.count || v->size != v->entry.size); n++) {
         struct pages again = {0};
         /* of another size: what grew has not been looked at yet */
         code = look(v, v->size == v->entry.size ? &last : NULL, &again);
         free(last.page);
         last = again;
+        pages_sort(&last);
     }
     if (!code)
         code = report(v, &last, json);
@@ -270,15 +354,17 @@ int command_verify(const struct args *a)
         return cli_fail(CLI_USAGE, "%s is no name of a region: %s", v.name, fault);
     json_t *status = NULL;
     int code = find(&v, a, &status);
-    v.buffer = code ? NULL : malloc(LOCAL_BYTES);
-    if (!code && !v.buffer)
+    v.scratch = code ? NULL : malloc(HASH_SCRATCH);
+    if (!code && !v.scratch)
         code = cli_fail(CLI_FAILED, "no memory");
     if (!code && !(v.peer = peer_open(v.remote, false)))
         code = CLI_FAILED;
     if (!code)
         code = verify(&v, a->json);
     peer_close(v.peer);
-    free(v.buffer);
+    free(v.scratch);
+    free(v.todo);
+    hashes_free(&v.here);
     if (v.fd >= 0)
         close(v.fd);
     json_decref(status);
