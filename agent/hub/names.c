@@ -108,7 +108,25 @@ static void lease_end(struct hub *h, struct hub_name *n)
 {
     n->holder = NULL;
     EACH_REPLICA(r, h)
-    name_detach(n, r);
+    if (!r->round) /* else the round has its own need of it, and gives it back */
+        name_detach(n, r);
+}
+
+static bool wanted(const struct hub *h, const struct hub_name *n)
+{
+    const struct attach *a;
+    TAILQ_FOREACH(a, &h->attaches, link)
+    if (a->name == n)
+        return true;
+    return n->holder;
+}
+
+void names_unwanted(struct replica *r)
+{
+    for (unsigned i = 0; i < HUB_BUCKETS; i++)
+        for (struct hub_name *n = r->hub->names[i]; n; n = n->next)
+            if (n->there[r->index].attached && !wanted(r->hub, n))
+                name_detach(n, r);
 }
 
 /* A lease whose writer stays away is given back to the replicas, or no other hub could ever have it. */

@@ -58,24 +58,14 @@ static void unpin(struct replica *r, uint32_t pin)
         replica_send(r, STREAM_OWN, FRAME_UNPIN, payload, sizeof payload);
 }
 
-static bool wanted(const struct hub *h, const struct hub_name *n)
-{
-    const struct attach *a;
-    TAILQ_FOREACH(a, &h->attaches, link)
-    if (a->name == n)
-        return true;
-    return n->holder;
-}
-
 static void jobs_end(struct round *o)
 {
     for (size_t i = 0; i < o->jobs_n; i++) {
         unpin(o->source, o->jobs[i].pin);
         unpin(o->target, o->jobs[i].base_pin);
-        if (o->jobs[i].kind != JOB_SAME && !wanted(o->hub, o->jobs[i].name))
-            name_detach(o->jobs[i].name, o->target);
     }
     o->jobs_n = 0;
+    names_unwanted(o->target);
 }
 
 void round_free(struct round *o)
@@ -471,6 +461,14 @@ static bool send_step(struct round *o)
     return true;
 }
 
+/* Nothing is wrong, but it did not work out: another round is tried. */
+static void again(struct round *o)
+{
+    struct replica *r = o->target;
+    r->retry_at = hub_now(o->hub) + AGAIN_MS;
+    round_free(o);
+}
+
 void round_answer(struct round *o, uint8_t type, const struct buf *p)
 {
     struct frame_failed f = {.seq = 0};
@@ -479,8 +477,9 @@ void round_answer(struct round *o, uint8_t type, const struct buf *p)
         seq = f.seq;
     if (seq != o->seq || type == FRAME_RECEIVED)
         return;
-    if (type == FRAME_FAILED) {
-        o->open = o->open && (replica_send(o->target, STREAM_ROUND, FRAME_ABORT, p->data, 8), false);
+    if (type == FRAME_FAILED && f.code == FRAME_E_LINEAGE) {
+        again(o); /* what it still had to commit of its last connection came in between */
+    } else if (type == FRAME_FAILED) {
         round_fail(o, "it refuses the difference: %s", f.text);
     } else if (o->phase == ROUND_COMMIT) {
         o->phase = ROUND_SEND;
@@ -542,14 +541,6 @@ static void flush(struct round *o)
     log_info("hub: %s: brought up to date in %llu ms, %llu bytes", r->address,
              (unsigned long long)(hub_now(h) - o->began), (unsigned long long)o->bytes);
     replica_enter(r, REPLICA_FOLLOWING, "has the difference");
-    round_free(o);
-}
-
-/* The cut has failed: too much goes on, or the source is slow. ENDs go on, and another one is tried. */
-static void again(struct round *o)
-{
-    struct replica *r = o->target;
-    r->retry_at = hub_now(o->hub) + AGAIN_MS;
     round_free(o);
 }
 
