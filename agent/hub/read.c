@@ -245,12 +245,12 @@ void hub_pin_read(struct store_pin *store_pin, uint64_t offset, uint32_t len,
     replica_ask(pin->replica, STREAM_READ, FRAME_READ, payload, sizeof payload, on_read, q);
 }
 
-void hub_pin_hash(struct store_pin *store_pin, uint64_t first, uint32_t count,
+void hub_pin_hash(struct store_pin *store_pin, unsigned level, uint64_t first, uint32_t count, bool fresh,
                   void (*done)(void *arg, int err, struct buf *data), void *arg)
 {
     struct hub_pin *pin = pin_of(store_pin);
     struct query *q = pin_query(pin, done, arg);
-    struct frame_hash h = {.pin = pin->pin, .first = first, .count = count};
+    struct frame_hash h = {.pin = pin->pin, .first = first, .count = count, .level = (uint8_t)level, .fresh = fresh};
     uint8_t payload[64];
     if (q)
         replica_ask(pin->replica, STREAM_READ, FRAME_HASH, payload, frame_hash_put(payload, sizeof payload, &h),
