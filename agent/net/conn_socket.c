@@ -17,6 +17,8 @@
 
 #define NOTSENT (64 << 10) /* bytes that the kernel of a TCP socket takes beyond what it can send */
 #define NOTSENT_BULK (512 << 10)
+#define RANK_BULK 2 /* socket(7), SO_PRIORITY, tc-prio(8): in the queue of our own network card */
+#define RANK_URGENT 6
 #define AHEAD_BULK (256u << 10)
 #define IN_CAP (512u << 10)
 #define IN_ROOM (128u << 10) /* less than this at the buffer's end: what is left of it moves to the front */
@@ -120,9 +122,12 @@ static void set_options(struct sock *k)
     if (!tcp)
         return;
     uv_tcp_nodelay((uv_tcp_t *)k->stream, 1);
-    int fd, ahead = bulk ? NOTSENT_BULK : NOTSENT;
-    if (!uv_fileno((uv_handle_t *)k->stream, &fd)) /* without it urgent frames wait longer, nothing more */
-        (void)!setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &ahead, sizeof ahead);
+    int fd, ahead = bulk ? NOTSENT_BULK : NOTSENT, rank = bulk ? RANK_BULK : RANK_URGENT;
+    if (uv_fileno((uv_handle_t *)k->stream, &fd))
+        return;
+    /* Without these urgent frames wait longer, nothing more. */
+    (void)!setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &ahead, sizeof ahead);
+    (void)!setsockopt(fd, SOL_SOCKET, SO_PRIORITY, &rank, sizeof rank);
 }
 
 /* Its peers have shut every socket, or they have failed. */

@@ -748,6 +748,37 @@ static void does_without(void **state)
     }
 }
 
+/* CLOSE, on the first socket, comes when the peer has said on each that all before is there; also as an answer. */
+static void close_waits_for_pongs(void **state)
+{
+    (void)state;
+    uint8_t p[FRAME_PAYLOAD_MAX], id[4];
+    for (int theirs = 0; theirs < 2; theirs++) {
+        struct raw_server r = raw_serve();
+        conn_set_priority(r.a->e.conn, 5, CONN_BULK);
+        r.fd[1] = raw_accept(&r);
+        assert_int_equal(raw_read(r.fd[1], p).type, FRAME_JOIN);
+        raw_greet(r.fd[1], 3);
+        UNTIL(conn_sockets(r.a->e.conn) == 2);
+        conn_send(r.a->e.conn, 5, FRAME_PAGES, numbered(0, 100));
+        assert_int_equal(raw_read(r.fd[1], p).stream, 5);
+        put_u32(id, 5);
+        if (theirs)
+            raw_frame(r.fd[0], FRAME_CLOSE, 0, id, 4);
+        else
+            conn_forget(r.a->e.conn, 5);
+        for (int i = 0; i < 2; i++) {
+            assert_int_equal(raw_read(r.fd[i], p).type, FRAME_PING);
+            raw_frame(r.fd[i], FRAME_PONG, 0, p, 8);
+        }
+        assert_int_equal(raw_read(r.fd[0], p).type, FRAME_CLOSE);
+        assert_int_equal(get_u32(p), 5);
+        assert_int_equal(r.a->closed[5], theirs);
+        close(r.fd[1]);
+        raw_serve_end(&r);
+    }
+}
+
 /* Without PONGs for a round the sender stops where the receiver might have to refuse. */
 static void sends_so_far_ahead_only(void **state)
 {
@@ -815,6 +846,7 @@ int main(void)
         cmocka_unit_test(notices_one_silent_socket),
         cmocka_unit_test(bulk_goes_apart),
         cmocka_unit_test(does_without),
+        cmocka_unit_test(close_waits_for_pongs),
         cmocka_unit_test(sends_so_far_ahead_only),
     };
     int rc = cmocka_run_group_tests(tests, NULL, NULL);
