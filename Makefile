@@ -25,11 +25,11 @@ SHIM_LIBS = $(shell pkg-config --libs libffi) -ldl -pthread
 
 WIRE := $(wildcard wire/*.c)
 SHIM := $(wildcard shim/*.c) wire/control.c wire/name.c
-AGENT := $(wildcard agent/base/*.c agent/track/*.c agent/sync/*.c agent/store/*.c agent/hub/*.c agent/net/*.c) $(WIRE)
+AGENT := $(wildcard agent/base/*.c agent/track/*.c agent/sync/*.c agent/store/*.c agent/net/*.c) $(WIRE)
 CLI := $(wildcard agent/cli/*.c)
 UNIT := $(wildcard tests/unit/*.c)
 FUZZ := frame step server
-PROGRAMS := $(filter-out bench/hashes.c bench/reads.c bench/packing.c,$(wildcard tests/programs/*.c tests/faults/*.c bench/*.c))
+PROGRAMS := $(filter-out bench/hashes.c bench/reads.c bench/packing.c bench/beside.c,$(wildcard tests/programs/*.c tests/faults/*.c bench/*.c))
 
 shim_objects := $(SHIM:%.c=$(BUILD)/shim.o/%.o)
 agent_objects := $(AGENT:%.c=$(BUILD)/o/%.o)
@@ -92,14 +92,14 @@ $(BUILD)/bench/hashes: bench/hashes.c
 	$(Q)$(CC) $(FLAGS) $(shell pkg-config --cflags libxxhash libcrypto) -o $@ $< $(shell pkg-config --libs libxxhash libcrypto)
 
 # Those that speak the protocol, or measure a part of the agent, link it.
-$(BUILD)/bench/reads $(BUILD)/bench/packing: $(BUILD)/bench/%: $(BUILD)/o/bench/%.o $(agent_objects)
+$(BUILD)/bench/reads $(BUILD)/bench/packing $(BUILD)/bench/beside: $(BUILD)/bench/%: $(BUILD)/o/bench/%.o $(agent_objects)
 	$(call say,LINK,$@)
 	@mkdir -p $(@D)
 	$(Q)$(CC) -o $@ $^ $(AGENT_LIBS)
 
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 
-tests: all $(units) $(programs)
+tests: all $(units) $(programs) $(BUILD)/bench/beside
 
 deps:
 	@tests/deps.sh

@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 
+import beside
 import delta
 import sync
 from kit import BUILD, GIB, MIB, ROOT, marks, rows
 
-ITEMS = {**sync.ITEMS, **delta.ITEMS}
+ITEMS = {**sync.ITEMS, **delta.ITEMS, **beside.ITEMS}
 
 
 def main():

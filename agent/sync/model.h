@@ -63,14 +63,14 @@ struct local {
 
 enum link_state { LINK_DOWN, LINK_DIALLING, LINK_UP };
 
-/* A remote. file: and hub: URLs are served by a server of our own over a socket pair. */
+/* A remote. file: URLs are served by a server of our own over a socket pair. */
 struct link {
     struct link *next;
     struct local *local;
     char *address;
     enum link_state state;
     struct conn *conn;
-    struct store *store; /* for file: and hub: */
+    struct store *store; /* for file: */
     struct server *server;
     uint64_t retry_at, down_since; /* uv_now */
     uint32_t backoff_ms;
