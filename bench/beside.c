@@ -305,7 +305,7 @@ static const struct conn_ops ops = {.open = on_open, .frame = on_frame, .drained
 static uv_stream_t *dial(const char *addr)
 {
     struct addr a;
-    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *all;
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *all = NULL;
     uv_tcp_t *t = malloc(sizeof *t);
     if (!t || addr_parse(&a, addr) || a.is_unix || getaddrinfo(a.host, a.port, &hints, &all))
         die("HOST:PORT");
