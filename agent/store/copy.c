@@ -21,10 +21,11 @@
  * them are taken than the region has pages. */
 #include "agent/store/inside.h"
 
+#include "agent/base/xxh3.h"
+
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <xxhash.h>
 
 #define TABLE_MAX (FRAME_PAGES_HEAD + FRAME_PAGES_ENTRIES * FRAME_PAGES_ENTRY)
 

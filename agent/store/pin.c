@@ -9,9 +9,11 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #define COPY_STEP (256u << 10)
+#define AT_ONCE (16u << 10) /* as much the loop reads itself, when it is in memory: changes of thread cost more */
 
 struct pin_read {
     struct store_pin *pin;
@@ -47,11 +49,12 @@ static void set_saved(struct store_pin *pin, uint64_t from, uint64_t to)
     }
 }
 
-/* pread that reads zeros beyond the file's end. */
-static int read_padded(int fd, uint8_t *to, size_t len, uint64_t offset)
+/* preadv2 that reads zeros beyond the file's end. */
+static int read_padded(int fd, uint8_t *to, size_t len, uint64_t offset, int flags)
 {
     while (len) {
-        ssize_t n = pread(fd, to, len, (off_t)offset);
+        struct iovec iov = {.iov_base = to, .iov_len = len};
+        ssize_t n = preadv2(fd, &iov, 1, (off_t)offset, flags);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
@@ -73,7 +76,7 @@ static int copy_aside(struct store_pin *pin, int fd, uint64_t from, uint64_t to)
     int err = step ? 0 : -ENOMEM;
     while (!err && from < to) {
         size_t len = to - from < COPY_STEP ? (size_t)(to - from) : COPY_STEP;
-        err = read_padded(fd, step, len, from);
+        err = read_padded(fd, step, len, from, 0);
         if (!err && pwrite(pin->side, step, len, (off_t)from) != (ssize_t)len)
             pin->lost = true;
         if (pin->lost)
@@ -145,8 +148,7 @@ int pin_save(struct store_pin *pin, int fd, uint64_t from, uint64_t to)
     return err;
 }
 
-/* Under the region's read lock. */
-int pin_read(struct store_pin *pin, uint8_t *to, size_t len, uint64_t offset)
+static int pinned(struct store_pin *pin, uint8_t *to, size_t len, uint64_t offset, int flags)
 {
     int err = 0;
     while (!err && len) {
@@ -157,12 +159,18 @@ int pin_read(struct store_pin *pin, uint8_t *to, size_t len, uint64_t offset)
             n += FRAME_PAGE;
         if (n > len)
             n = len;
-        err = read_padded(saved ? pin->side : pin->r->fd, to, n, offset);
+        err = read_padded(saved ? pin->side : pin->r->fd, to, n, offset, saved ? 0 : flags);
         to += n;
         len -= n;
         offset += n;
     }
     return err;
+}
+
+/* Under the region's read lock. */
+int pin_read(struct store_pin *pin, uint8_t *to, size_t len, uint64_t offset)
+{
+    return pinned(pin, to, len, offset, 0);
 }
 
 static int read_locked(struct store_pin *pin, uint8_t *to, size_t len, uint64_t offset)
@@ -183,15 +191,36 @@ static int read_locked(struct store_pin *pin, uint8_t *to, size_t len, uint64_t 
     return err;
 }
 
+static void read_clip(struct pin_read *q)
+{
+    uint64_t left = q->offset < q->pin->size ? q->pin->size - q->offset : 0;
+    if (q->len > left && !q->hash)
+        q->len = (uint32_t)left;
+}
+
+/* On the loop thread: not when it would have to wait, for the disk or for who has the region now. */
+static void read_at_once(struct pin_read *q)
+{
+    struct store_pin *pin = q->pin;
+    struct region *r = pin->r;
+    read_clip(q);
+    if (q->hash || q->len > AT_ONCE || pthread_rwlock_tryrdlock(&r->lock))
+        return;
+    int flags = pin->s->volume->ops->lasting ? RWF_NOWAIT : 0;
+    q->data = r->fd >= 0 && !pin->lost ? buf_new(q->len) : NULL;
+    q->whole = q->data && !pinned(pin, q->data->data, q->len, q->offset, flags);
+    pthread_rwlock_unlock(&r->lock);
+    if (q->whole)
+        q->data->len = q->len;
+}
+
 static void read_work(void *arg)
 {
     struct pin_read *q = arg;
     struct store_pin *pin = q->pin;
-    uint64_t left = q->offset < pin->size ? pin->size - q->offset : 0;
+    read_clip(q);
     if (q->hash && __atomic_load_n(&pin->dropped, __ATOMIC_RELAXED))
         q->err = -ECANCELED;
-    if (q->len > left && !q->hash)
-        q->len = (uint32_t)left;
     if (!q->data)
         q->data = buf_new(q->hash ? (size_t)q->tree.count * HASH_BYTES : q->len);
     if (!q->data)
@@ -220,17 +249,10 @@ void pin_release(struct store_pin *pin)
     free(pin);
 }
 
-static void read_start(struct pin_read *q);
-
-static void read_done(void *arg)
+static void read_end(struct pin_read *q)
 {
-    struct pin_read *q = arg;
     struct store_pin *pin = q->pin;
     struct store *s = pin->s;
-    if (!q->err && !q->whole) { /* the next slice, behind what else waits for a thread */
-        read_start(q);
-        return;
-    }
     if (q->err) {
         buf_drop(q->data);
         q->data = NULL;
@@ -242,6 +264,19 @@ static void read_done(void *arg)
     free(q);
     pin_release(pin);
     s->jobs--;
+}
+
+static void read_start(struct pin_read *q);
+
+static void read_done(void *arg)
+{
+    struct pin_read *q = arg;
+    struct store *s = q->pin->s;
+    if (!q->err && !q->whole) { /* the next slice, behind what else waits for a thread */
+        read_start(q);
+        return;
+    }
+    read_end(q);
     store_pump(s);
 }
 
@@ -251,7 +286,7 @@ static void read_start(struct pin_read *q)
         store_fail(q->pin->s, "no thread for a read", -ENOMEM);
 }
 
-/* Reads that waited for epochs to be applied. When the store has failed they never will be. */
+/* Reads made at once, and those that waited for epochs to be applied. When the store has failed they never will be. */
 void pins_applied(struct store *s)
 {
     for (struct pin_read **at = &s->pin_waiting, *q; (q = *at);) {
@@ -262,8 +297,8 @@ void pins_applied(struct store *s)
         *at = q->next;
         if (q->pin->barrier > s->applied_no)
             q->err = -EIO;
-        if (q->err)
-            read_done(q);
+        if (q->err || q->whole)
+            read_end(q);
         else
             read_start(q);
         at = &s->pin_waiting; /* a callback may have changed the list */
@@ -285,7 +320,10 @@ static void read_add(struct pin_read *q)
     struct store *s = pin->s;
     pin->jobs++;
     s->jobs++;
-    if (pin->barrier <= s->applied_no && !s->failed) {
+    bool there = pin->barrier <= s->applied_no && !s->failed;
+    if (there)
+        read_at_once(q);
+    if (there && !q->whole) {
         read_start(q);
         return;
     }
