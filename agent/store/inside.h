@@ -234,6 +234,7 @@ struct store {
     struct spill_mark *spills;
     struct waiter *checkpoint_waiters;
     struct pin_read *pin_waiting;
+    unsigned spilling; /* jobs of spill.c under way */
     unsigned jobs; /* pin reads, spills, removals: nobody's turn but counted for closing */
     bool open, closing, finishing;
     unsigned handles;

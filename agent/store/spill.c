@@ -1,7 +1,8 @@
 /* Large epochs: pages to disk before the commit, and the windows of those who send them. Loop thread, but spill_work.
  *
  * Once a transaction's `memory` passes its limit it is large, and its frames go to disk as they come, in their order,
- * 1 to 4 MiB a job, one job at a time: those of regions that it creates straight into their file, others into its spill
+ * 1 to 4 MiB a job, one job at a time, and SPILLS of all transactions, so that there is always a thread for who commits
+ * or reads: those of regions that it creates straight into their file, others into its spill
  * file. Writing to the disk is begun with each job, so that little is left to wait for at the commit. Windows are
  * opened (`spilled`) at once while the transaction is small, and beyond that only as memory is freed. At the commit the
  * rest goes the same way, and so does all of one with moved pages, however small (copy.c): nothing of a large epoch
@@ -18,6 +19,7 @@
 #include <unistd.h>
 
 #define SPILL_CHUNK (4u << 20)
+#define SPILLS 4u /* of the pool's 8 threads */
 #define SPILL_LEAST (1u << 20) /* short enough to be in the processor's cache still */
 
 void txn_credit(struct store_txn *t, size_t bytes)
@@ -181,6 +183,7 @@ static void spill_done(void *arg)
     t->spill_len += j->spilled;
     t->spilling = false;
     s->jobs--;
+    s->spilling--;
     if (j->err && !t->err) {
         t->err = j->err;
         const char *dir = s->volume->ops->dir(s->volume);
@@ -192,6 +195,7 @@ static void spill_done(void *arg)
     free(j->parts);
     free(j->held);
     free(j);
+    spills_resume(s);
     if (t->aborted) {
         txn_discard(t);
         store_pump(s);
@@ -214,11 +218,11 @@ static size_t rests(const struct store_txn *t)
     return t->committed ? 0 : limit < SPILL_LEAST ? limit : SPILL_LEAST;
 }
 
-/* A frame of moved pages needs their base in the region's file (copy.c). */
+/* For a thread; a frame of moved pages also for their base to be in the region's file (copy.c). */
 static bool must_wait(const struct store_txn *t, const struct held *h)
 {
     const struct part *p = t->parts[h->part];
-    return h->copies && p->r->applied < p->base;
+    return t->s->spilling >= SPILLS || (h->copies && p->r->applied < p->base);
 }
 
 void spill_unwait(struct store_txn *t)
@@ -247,9 +251,12 @@ void spill_start(struct store_txn *t)
     if (t->spilling || t->aborted || t->err || t->memory <= rests(t) || t->waiting)
         return;
     if (must_wait(t, &t->held[t->held_first])) {
+        struct store_txn **at = &t->s->waiting; /* in turns */
+        while (*at)
+            at = &(*at)->next_waiting;
+        *at = t;
         t->waiting = true;
-        t->next_waiting = t->s->waiting;
-        t->s->waiting = t;
+        t->next_waiting = NULL;
         return;
     }
     struct spill_job *j = calloc(1, sizeof *j);
@@ -277,6 +284,7 @@ void spill_start(struct store_txn *t)
     t->held_first += n;
     t->spilling = t->large = true;
     t->s->jobs++;
+    t->s->spilling++;
     return;
 out:
     if (j) {

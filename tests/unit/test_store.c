@@ -654,6 +654,37 @@ static void large_epochs(void **state)
     }
 }
 
+/* More of them at a time than may write: each gets its turn, and a thread stays free. */
+static void many_large_epochs(void **state)
+{
+    struct kit *k = *state;
+    const uint64_t size = 1u << 20;
+    struct store_txn *t[12];
+    char name[12][8];
+    for (uint32_t i = 0; i < 12; i++) {
+        snprintf(name[i], sizeof name[i], "r%u", i);
+        kit_attach(k, i, name[i]);
+        t[i] = kit_txn(k);
+        assert_int_equal(kit_op(k, t[i], FRAME_OP_CREATE, i, 0), 0);
+        assert_int_equal(kit_region(k, t[i], i, 1, UINT64_MAX, size), 0);
+    }
+    unsigned most = 0, waited = 0;
+    for (uint64_t at = 0; at < size; at += 32768)
+        for (uint32_t i = 0; i < 12; i++) {
+            assert_int_equal(kit_pages(k, t[i], i, at, 32768, (int)i + 1), 0);
+            most = k->s->spilling > most ? k->s->spilling : most;
+            waited += t[i]->waiting;
+        }
+    assert_int_equal(most, 4);
+    assert_true(waited);
+    store_txn_abort(t[11]);
+    for (uint32_t i = 0; i < 11; i++)
+        assert_int_equal(kit_commit(k, t[i]), 0);
+    for (uint32_t i = 0; i < 11; i++)
+        assert_int_equal(kit_byte(k, name[i], size - 1), (int)i + 1);
+    assert_int_equal(kit_size(k, "r11"), -ENOENT);
+}
+
 static void small_ones_are_credited_at_once(void **state)
 {
     struct kit *k = *state;
@@ -716,6 +747,7 @@ int main(void)
         BOTH(clashes_and_bad_names),
         BOTH(listing_is_sorted),
         BOTH(large_epochs),
+        BOTH(many_large_epochs),
         BOTH(small_ones_are_credited_at_once),
         BOTH(large_abort_leaves_nothing),
     };
