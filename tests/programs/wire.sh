@@ -4,7 +4,7 @@
 # timeout: 120
 . "$(dirname "$0")/../lib.sh"
 
-cases=(text/map text/write random/map random/write small import moved/map/file moved/map/memory moved/write/file moved/write/memory moved/write/here)
+cases=(text/map text/write random/map random/write small import moved/map/file moved/map/memory moved/write/file moved/write/memory moved/write/here damaged/touch damaged/insert)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 requires lz4
 size=$((8 << 20))
@@ -90,6 +90,14 @@ moved/*) # random, so that packing cannot be what saves
     here) same "$W/data" "$T/other/${W#/}/data" ;;
     esac
     quiet "$T/program.err"
+    ;;
+damaged/*) # the remote finds that a page does not come out: whole pages go, and later ones rest on them again
+    step=${1#*/}
+    start_remote
+    REPLICA=$(replica "$W/data") wire text map touch damage=0 "$step" touch "$step"
+    at_most "$(went touch)" 600 "64 bytes after a damaged page"
+    [ "$step" = touch ] || at_most "$(went insert)" $((size / 20)) "a moved page after a damaged one"
+    end_all
     ;;
 import)
     start_remote

@@ -1,6 +1,6 @@
 """wire.py MEMSYNC FILE KIND HOW STEP...: makes FILE of SIZE bytes of text or of random ones (KIND), by stores into a mapping or by write (HOW), and takes the
 steps; each ends with a sync point, after which it says how many bytes have gone to the remote for it."""
-import itertools, json, mmap, os, random, subprocess, sys
+import itertools, json, mmap, os, random, subprocess, sys, time
 
 SIZE, PAGE = 8 << 20, 4096
 memsync, path, kind, how, *steps = sys.argv[1:]
@@ -50,7 +50,20 @@ def get():
 
 
 before = 0
+def damage(page):
+    """The replica's page is no longer what was sent; after all of it had come."""
+    replica = os.environ["REPLICA"]
+    while open(replica, "rb").read() != get():
+        time.sleep(0.01)
+    with open(replica, "r+b") as file:
+        file.seek(page * PAGE + 77)
+        file.write(b"damaged")
+
+
 for step in ["make"] + steps:
+    if step.startswith("damage="):
+        damage(int(step[7:]))
+        continue
     old = get()
     if step == "make":
         new = make(SIZE)
