@@ -19,11 +19,14 @@ def make(length):
     return (text(length) if kind == "text" else dice.randbytes(length))[:length]
 
 
-def status():
-    # The tool is none of the programs that are replicated.
+def tool(*arguments):
+    # It is none of the programs that are replicated.
     env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    done = subprocess.run([memsync, "status", "--json"], env=env, stdout=subprocess.PIPE)
-    return json.loads(done.stdout)
+    return subprocess.run([memsync, *arguments], env=env, stdout=subprocess.PIPE, check=True).stdout
+
+
+def status():
+    return json.loads(tool("status", "--json"))
 
 
 def sent():
@@ -56,13 +59,16 @@ def damage(page):
     while open(replica, "rb").read() != get():
         time.sleep(0.01)
     with open(replica, "r+b") as file:
-        file.seek(page * PAGE + 77)
+        file.seek(page * PAGE + 777)
         file.write(b"damaged")
 
 
 for step in ["make"] + steps:
     if step.startswith("damage="):
         damage(int(step[7:]))
+        continue
+    if step == "verify":  # after which the remote has all hashes
+        tool("verify", path[1:])
         continue
     old = get()
     if step == "make":
@@ -77,6 +83,9 @@ for step in ["make"] + steps:
         new = old[: SIZE // 2] + old[: SIZE // 4] * 2
     elif step == "touch":  # 64 bytes of one page
         new = old[:PAGE] + make(64) + old[PAGE + 64 :]
+    elif step == "echo":  # a page changes by 64 bytes, and a later one becomes what it is now
+        new = old[:PAGE] + make(64) + old[PAGE + 64 :]
+        new = new[: 9 * PAGE] + new[PAGE : 2 * PAGE] + new[10 * PAGE :]
     elif step == "bytes":  # moved by no whole page
         new = make(100) + old[:-100]
     else:
