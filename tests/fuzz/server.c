@@ -474,6 +474,33 @@ static void ask(uint8_t type, const void *p, size_t len)
     MUST(type == FRAME_UNPIN || found.answers > had, "a request of type %u has no answer", type);
 }
 
+static void hash_nodes(const struct model_region *m, bool fresh)
+{
+    uint8_t p[64], want[3][MODEL_PAGES * FRAME_HASH_BYTES] = {{0}}, none[256] = {0}, children[256];
+    uint32_t n = (uint32_t)((m->size + FRAME_PAGE - 1) / FRAME_PAGE);
+    for (uint32_t i = 0; i < n; i++)
+        if (memcmp(m->bytes + i * FRAME_PAGE, none, 256) ||
+            memcmp(m->bytes + i * FRAME_PAGE, m->bytes + i * FRAME_PAGE + 256, FRAME_PAGE - 256))
+            model_page_hash(want[0] + i * 16, m->bytes + i * FRAME_PAGE);
+    for (uint8_t level = 0; level < 3; level++) {
+        struct frame_hash h = {
+            .request = level, .pin = found.pin, .count = FRAME_HASHES_MAX, .level = level, .fresh = fresh};
+        ask(FRAME_HASH, p, frame_hash_put(p, sizeof p, &h));
+        MUST(found.count[level] == n && !memcmp(found.hashes[level], want[level], n * 16),
+             "hashes of level %u, fresh %u: %u of %u, or others", level, fresh, found.count[level], n);
+        uint32_t up = (n + FRAME_HASH_FANOUT - 1) / FRAME_HASH_FANOUT;
+        for (uint32_t i = 0; level < 2 && i < up; i++) {
+            XXH128_canonical_t sum;
+            memset(children, 0, sizeof children);
+            memcpy(children, want[level] + i * 256, i == up - 1 ? (n - i * 16) * 16 : 256);
+            XXH128_canonicalFromHash(&sum, XXH3_128bits(children, sizeof children));
+            if (memcmp(children, none, 256))
+                memcpy(want[level + 1] + i * 16, &sum, 16);
+        }
+        n = up;
+    }
+}
+
 static void look_at(uint32_t name)
 {
     uint8_t p[64];
@@ -493,6 +520,10 @@ static void look_at(uint32_t name)
         wr_u64(&w, at);
         wr_u32(&w, MODEL_BYTES - at < FRAME_DATA_MAX ? MODEL_BYTES - at : FRAME_DATA_MAX);
         ask(FRAME_READ, p, wr_len(&w));
+    }
+    if (m->size <= MODEL_BYTES) {
+        hash_nodes(m, false);
+        hash_nodes(m, true);
     }
     put_u32(p, found.pin);
     ask(FRAME_UNPIN, p, 4);
@@ -529,7 +560,7 @@ static void check(void)
     for (size_t i = 0; i < r.sent_n; i++) {
         if (!good) {
             struct model before = r.model;
-            if (!model_apply(&r.model, &r.sent[i], &why))
+            if (!model_apply(&r.model, &r.sent[i], &why) && !r.model.lost)
                 r.model = before;
             good = r.model.lost || as_foretold(&r.model);
         }
