@@ -437,6 +437,26 @@ static void trees_of_holes(void **state)
     store_unpin(two);
 }
 
+/* Later epochs go on in the page in which the pinned one ended. */
+static void trees_end_within_a_page(void **state)
+{
+    struct kit *k = *state;
+    struct model m = {.size = FRAME_PAGE + 100, .fill = {'a', 'a'}};
+    assert_int_equal(kit_write(k, 0, 1, m.size, 'a'), 0);
+    struct store_pin *pin = pin_it(k, 1, m.size);
+    expect_tree(k, pin, &m, false);
+    struct store_txn *t = kit_txn(k);
+    assert_int_equal(kit_region(k, t, 0, 2, UINT64_MAX, 5 * FRAME_PAGE), 0);
+    assert_int_equal(kit_pages(k, t, 0, FRAME_PAGE + 200, 100, 'b'), 0);
+    assert_int_equal(kit_commit(k, t), 0);
+    int err;
+    struct store_pin *two = pin_it(k, 2, 5 * FRAME_PAGE);
+    buf_drop(pin_hash(k, two, 0, 0, 5, false, &err)); /* the region's tree has the page as it is now */
+    expect_tree(k, pin, &m, false);
+    store_unpin(pin);
+    store_unpin(two);
+}
+
 static void trees_beyond_the_budget(void **state)
 {
     struct kit *k = *state;
@@ -480,6 +500,7 @@ int main(void)
         BOTH(trees_while_an_epoch_is_applied),
         BOTH(fresh_reads_again),
         BOTH(a_refused_delta_doubts_the_tree),
+        BOTH(trees_end_within_a_page),
         BOTH(trees_of_holes),
         BOTH(trees_beyond_the_budget),
         BOTH(no_region_no_pin),
