@@ -436,3 +436,77 @@ int frame_hash_get(const void *p, size_t len, struct frame_hash *h)
         return -EPROTO;
     return get_end(&r);
 }
+
+size_t frame_pin_put(void *to, size_t cap, const struct frame_pin *p)
+{
+    struct wr w = wr_over(to, cap);
+    wr_u32(&w, p->request);
+    wr_str(&w, p->name);
+    if (p->keep) {
+        wr_u64(&w, p->epoch);
+        wr_copy(&w, p->lineage.b, sizeof p->lineage.b);
+        wr_u32(&w, p->head);
+    }
+    return put_end(&w);
+}
+
+int frame_pin_get(const void *p, size_t len, struct frame_pin *pin)
+{
+    struct rd r = rd_over(p, len);
+    pin->request = rd_u32(&r);
+    rd_str(&r, pin->name, sizeof pin->name);
+    pin->keep = rd_left(&r) != 0;
+    pin->epoch = 0;
+    pin->lineage = (struct id){{0}};
+    pin->head = 0;
+    if (pin->keep) {
+        pin->epoch = rd_u64(&r);
+        rd_copy(&r, pin->lineage.b, sizeof pin->lineage.b);
+        pin->head = rd_u32(&r);
+    }
+    return pin->head <= FRAME_READ_MAX ? get_end(&r) : -EPROTO;
+}
+
+size_t frame_read_put(void *to, size_t cap, const struct frame_read *f)
+{
+    struct wr w = wr_over(to, cap);
+    wr_u32(&w, f->request);
+    wr_u32(&w, f->pin);
+    wr_u64(&w, f->offset);
+    wr_u32(&w, f->len);
+    if (f->bulk != FRAME_READ_PLAIN)
+        wr_u8(&w, f->bulk);
+    return put_end(&w);
+}
+
+int frame_read_get(const void *p, size_t len, struct frame_read *f)
+{
+    struct rd r = rd_over(p, len);
+    f->request = rd_u32(&r);
+    f->pin = rd_u32(&r);
+    f->offset = rd_u64(&r);
+    f->len = rd_u32(&r);
+    bool plain = !rd_left(&r);
+    f->bulk = plain ? FRAME_READ_PLAIN : rd_u8(&r);
+    return plain || f->bulk <= FRAME_READ_BULK ? get_end(&r) : -EPROTO;
+}
+
+void frame_data_head(uint8_t *to, uint32_t request, uint8_t kind, uint32_t len)
+{
+    put_u32(to, request);
+    to[4] = kind;
+    put_u32(to + 5, len);
+}
+
+int frame_data_get(const void *p, size_t len, struct frame_data *d)
+{
+    struct rd r = rd_over(p, len);
+    d->request = rd_u32(&r);
+    d->kind = rd_u8(&r);
+    d->len = rd_u32(&r);
+    bool zeros = d->kind & FRAME_DATA_ZEROS;
+    d->data = zeros ? NULL : rd_take(&r, d->len);
+    if (d->kind > (FRAME_DATA_ZEROS | FRAME_DATA_MORE) || d->len > (zeros ? FRAME_READ_MAX : FRAME_DATA_MAX))
+        return -EPROTO;
+    return get_end(&r);
+}

@@ -58,10 +58,10 @@ enum frame_type {
     FRAME_LIST,     /* u32 request */
     FRAME_ENTRY,    /* u32 request, struct frame_entry */
     FRAME_LIST_END, /* u32 request */
-    FRAME_PIN,      /* u32 request, str name: keep its last committed epoch readable */
+    FRAME_PIN,      /* struct frame_pin */
     FRAME_PINNED,   /* u32 request, u32 pin, struct frame_entry */
-    FRAME_READ,     /* u32 request, u32 pin, u64 offset, u32 length <= FRAME_DATA_MAX */
-    FRAME_DATA,     /* u32 request, u8 kind (0 data, 1 zeros), u32 length, data unless zeros */
+    FRAME_READ,     /* struct frame_read */
+    FRAME_DATA,     /* u32 request, u8 kind (FRAME_DATA_* bits), u32 length, data unless zeros */
     FRAME_HASH,     /* struct frame_hash */
     FRAME_HASHES,   /* u32 request, u32 count, count * FRAME_HASH_BYTES: see struct frame_hash */
     FRAME_UNPIN,    /* u32 pin */
@@ -252,6 +252,48 @@ int frame_entry_get(const void *p, size_t len, uint32_t *request, struct frame_e
 /* PINNED is an entry with the pin's number before it. */
 size_t frame_pinned_put(void *to, size_t cap, uint32_t request, uint32_t pin, const struct frame_entry *e);
 int frame_pinned_get(const void *p, size_t len, uint32_t *request, uint32_t *pin, struct frame_entry *e);
+
+/* Keeps a region's last committed epoch readable; or one that the client names because it had it pinned before (over a connection that is lost, or another
+ * of its own): FRAME_E_LIMIT when that one is not to be had any more. `head`: that many bytes from the region's beginning come right behind PINNED, as if
+ * read (demanded) under the same request number; no DATA comes of an empty region. With these on the wire (`keep`), the pin outlives its connection for STORE_LEASE_MS, for the
+ * same identity to take it over. */
+struct frame_pin {
+    uint32_t request;
+    uint8_t keep;
+    uint64_t epoch;    /* 0: the last */
+    struct id lineage; /* of that epoch */
+    uint32_t head;  /* at most FRAME_READ_MAX */
+    char name[NAME_CAP];
+};
+size_t frame_pin_put(void *to, size_t cap, const struct frame_pin *p);
+int frame_pin_get(const void *p, size_t len, struct frame_pin *pin);
+
+/* READ is answered by DATA frames that go on where the last one ended; FRAME_DATA_MORE is on all but the last. They are short at the region's end: an empty
+ * one behind it. bulk, when it is on the wire, is the client's word on how it waits: 0 a thread stands still for it, 1 nobody waits yet. The stream has the
+ * priority of what was last asked on it. */
+#define FRAME_READ_MAX (1u << 20)
+enum frame_read_bulk { FRAME_READ_DEMAND, FRAME_READ_BULK, FRAME_READ_PLAIN /* not on the wire */ };
+struct frame_read {
+    uint32_t request, pin;
+    uint64_t offset;
+    uint32_t len; /* 1 to FRAME_READ_MAX */
+    uint8_t bulk; /* enum frame_read_bulk */
+};
+size_t frame_read_put(void *to, size_t cap, const struct frame_read *r);
+int frame_read_get(const void *p, size_t len, struct frame_read *r);
+
+#define FRAME_DATA_ZEROS 1u
+#define FRAME_DATA_MORE 2u
+#define FRAME_DATA_HEAD 9u
+struct frame_data {
+    uint32_t request;
+    uint8_t kind; /* FRAME_DATA_* bits */
+    uint32_t len;
+    const uint8_t *data; /* NULL for zeros */
+};
+/* Writes the FRAME_DATA_HEAD bytes before the data. */
+void frame_data_head(uint8_t *to, uint32_t request, uint8_t kind, uint32_t len);
+int frame_data_get(const void *p, size_t len, struct frame_data *d);
 
 /* The length of the PAGES payload in a PACKED one; 0 for what cannot be one (too short, or a length beyond FRAME_PAYLOAD_MAX). */
 uint32_t frame_packed_length(const void *p, size_t len);

@@ -20,6 +20,7 @@ static void on_timer(uv_timer_t *t)
     TAILQ_FOREACH(one, &s->sessions, link)
     if (one->open)
         store_lease_seen(s->store, &one->peer.identity);
+    pinned_expire(s, false);
 }
 
 struct server *server_new(uv_loop_t *loop, struct store *store, const struct id *identity, const char *host)
@@ -33,6 +34,7 @@ struct server *server_new(uv_loop_t *loop, struct store *store, const struct id 
     snprintf(s->self.host, sizeof s->self.host, "%s", host);
     TAILQ_INIT(&s->listeners);
     TAILQ_INIT(&s->sessions);
+    TAILQ_INIT(&s->pinned);
     uv_timer_init(loop, &s->timer);
     s->timer.data = s;
     uv_timer_start(&s->timer, on_timer, SEEN_MS, SEEN_MS);
@@ -199,6 +201,7 @@ void server_stop(struct server *s, void (*done)(void *arg), void *arg)
     s->done = done;
     s->arg = arg;
     s->stopping = true;
+    pinned_expire(s, true);
     struct listener *l;
     TAILQ_FOREACH(l, &s->listeners, link)
     listener_close(l);

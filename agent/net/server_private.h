@@ -59,11 +59,25 @@ struct epoch {
 };
 TAILQ_HEAD(epoch_list, epoch);
 
+/* What pins stand for: one region at one epoch, shared by the pins of one identity when it is kept. refs 0: the connection of its last pin is lost, and
+ * until `expires` the same identity may pin it again. */
+struct pinned {
+    TAILQ_ENTRY(pinned) link; /* server.pinned, when kept */
+    struct store_pin *pin;
+    unsigned refs;
+    bool keep;
+    uint64_t expires;
+    struct id identity;
+    struct frame_entry entry;
+};
+TAILQ_HEAD(pinned_list, pinned);
+
 struct pin {
     uint32_t id;
-    struct store_pin *pin;
+    struct pinned *of;
     unsigned running;
     bool doomed; /* given back by the peer: unpinned when nothing runs on it */
+    bool lost;   /* with its connection */
 };
 
 struct request {
@@ -72,6 +86,10 @@ struct request {
     struct server *server;
     struct pin *pin;
     uint32_t stream, number; /* stream 0: closed meanwhile */
+    bool keep;               /* PIN, as the next */
+    struct id lineage;
+    uint32_t head;
+    uint64_t epoch;
 };
 TAILQ_HEAD(request_list, request);
 
@@ -126,6 +144,7 @@ struct server {
     struct frame_hello self;
     struct listener_list listeners;
     struct session_list sessions;
+    struct pinned_list pinned; /* those kept, with pins or without */
     unsigned peers, work; /* sessions; requests under way in the store */
     uv_timer_t timer;
     bool stopping, ended;
@@ -152,6 +171,13 @@ void session_epoch_frame(struct session *s, uint32_t stream, uint8_t type, struc
 void session_epoch_drop(struct session *s, uint32_t stream); /* the stream was closed */
 void session_epoch_drop_all(struct session *s);              /* those open */
 void session_epoch_orphan(struct session *s);                /* the session ends */
+
+/* session_pin.c */
+struct pinned *pinned_find(struct server *s, const struct id *identity, const char *name, uint64_t epoch, const struct id *lineage);
+/* For a pin of the store, which is taken over (given back when there is no memory). One reference. */
+struct pinned *pinned_new(struct server *s, struct store_pin *pin, const struct frame_entry *e, const struct id *identity, bool keep);
+void pinned_drop(struct server *s, struct pinned *p, bool lost); /* lost: with its connection, not given back */
+void pinned_expire(struct server *s, bool all);
 
 /* session_read.c */
 void session_request_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *payload);

@@ -71,6 +71,19 @@ static void entry_fill(void *m)
     id_fill(&e->writer, 0x90);
 }
 
+static void pin_fill(void *m)
+{
+    struct frame_pin *p = m;
+    *p = (struct frame_pin){.request = 3, .keep = 1, .epoch = 1ULL << 40, .head = FRAME_READ_MAX, .name = "data/x.mdb"};
+    id_fill(&p->lineage, 0xa0);
+}
+
+static void read_fill(void *m)
+{
+    *(struct frame_read *)m = (struct frame_read){
+        .request = 4, .pin = 5, .offset = 1ULL << 41, .len = FRAME_READ_MAX, .bulk = FRAME_READ_BULK};
+}
+
 static void hash_fill(void *m)
 {
     *(struct frame_hash *)m =
@@ -133,6 +146,72 @@ static const struct codec codecs[] = {
     {"pinned", entry_fill, pinned_put, pinned_get, sizeof(struct frame_entry), false},
 };
 #define CODECS (sizeof codecs / sizeof *codecs)
+
+/* As asked by who does not wait for it, and has no epoch in mind; and nothing between the two forms. */
+static void test_short_requests(void **state)
+{
+    (void)state;
+    static struct frame_pin p, q;
+    uint8_t bytes[NAME_CAP + 64];
+    memset(&q, 0, sizeof q);
+    pin_fill(&p);
+    size_t whole = frame_pin_put(bytes, sizeof bytes, &p);
+    assert_int_equal(frame_pin_get(bytes, whole, &q), 0);
+    assert_memory_equal(&p, &q, sizeof p);
+    p.keep = 0;
+    size_t plain = frame_pin_put(bytes, sizeof bytes, &p);
+    assert_int_equal(plain + 8 + 16 + 4, whole);
+    for (size_t n = 0; n < whole; n++)
+        assert_int_equal(frame_pin_get(bytes, n, &q), n == plain ? 0 : -EPROTO);
+    assert_int_equal(frame_pin_get(bytes, plain, &q), 0);
+    assert_true(!q.keep && !q.epoch && !q.head && id_none(&q.lineage));
+    p.keep = 1;
+    p.head = FRAME_READ_MAX + 1;
+    assert_int_equal(frame_pin_get(bytes, frame_pin_put(bytes, sizeof bytes, &p), &q), -EPROTO);
+
+    struct frame_read r, back;
+    read_fill(&r);
+    assert_int_equal(frame_read_put(bytes, sizeof bytes, &r), 21);
+    assert_int_equal(frame_read_get(bytes, 21, &back), 0);
+    assert_memory_equal(&r, &back, 21);
+    r.bulk = FRAME_READ_PLAIN;
+    assert_int_equal(frame_read_put(bytes, sizeof bytes, &r), 20);
+    assert_int_equal(frame_read_get(bytes, 20, &back), 0);
+    assert_int_equal(back.bulk, FRAME_READ_PLAIN);
+    for (unsigned bulk = 0; bulk < 256; bulk++) {
+        bytes[20] = (uint8_t)bulk;
+        assert_int_equal(frame_read_get(bytes, 21, &back), bulk <= FRAME_READ_BULK ? 0 : -EPROTO);
+    }
+}
+
+static int data_with(uint8_t kind, uint32_t len, size_t bytes)
+{
+    static uint8_t payload[FRAME_PAYLOAD_MAX + 16];
+    struct frame_data d;
+    frame_data_head(payload, 7, kind, len);
+    uint8_t *copy = exact(payload, FRAME_DATA_HEAD + bytes);
+    int rc = frame_data_get(copy, FRAME_DATA_HEAD + bytes, &d);
+    if (!rc)
+        assert_true(d.request == 7 && d.len == len && d.kind == kind &&
+                    d.data == (kind & FRAME_DATA_ZEROS ? NULL : copy + FRAME_DATA_HEAD));
+    free(copy);
+    return rc;
+}
+
+static void test_data(void **state)
+{
+    (void)state;
+    assert_int_equal(data_with(0, 0, 0), 0);
+    assert_int_equal(data_with(FRAME_DATA_MORE, FRAME_DATA_MAX, FRAME_DATA_MAX), 0);
+    assert_int_equal(data_with(0, FRAME_DATA_MAX + 1, FRAME_DATA_MAX + 1), -EPROTO);
+    assert_int_equal(data_with(0, 5, 4), -EPROTO);
+    assert_int_equal(data_with(0, 5, 6), -EPROTO);
+    assert_int_equal(data_with(FRAME_DATA_ZEROS, FRAME_READ_MAX, 0), 0);
+    assert_int_equal(data_with(FRAME_DATA_ZEROS | FRAME_DATA_MORE, 1, 0), 0);
+    assert_int_equal(data_with(FRAME_DATA_ZEROS, FRAME_READ_MAX + 1, 0), -EPROTO);
+    assert_int_equal(data_with(FRAME_DATA_ZEROS, 1, 1), -EPROTO);
+    assert_int_equal(data_with(4, 0, 0), -EPROTO);
+}
 
 static void test_round_trips(void **state)
 {
@@ -617,6 +696,7 @@ static void test_codes(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_short_requests), cmocka_unit_test(test_data),
         cmocka_unit_test(test_round_trips),    cmocka_unit_test(test_damage),
         cmocka_unit_test(test_bytes),          cmocka_unit_test(test_values),
         cmocka_unit_test(test_strings),        cmocka_unit_test(test_step),

@@ -652,6 +652,128 @@ static void pins_keep_their_epoch(void **state)
     expect_failed(b, 9, request_no, FRAME_E_NOT_FOUND);
 }
 
+/* One READ of much: DATA in order, zeros as one frame however many, the last one said to be. */
+static void long_reads(void **state)
+{
+    (void)state;
+    struct client *a = client("a");
+    uint64_t fence = created(a, 1, "x", 1, 7);
+    const uint64_t size = 900000, hole = 65536;
+    begin(a, 2, 2);
+    region(a, 2, 1, 2, fence, size);
+    pages(a, 2, 1, 800000, 50000, 3);
+    end(a, 2, 2, 2);
+    expect_seq(a, 2, FRAME_RECEIVED, 2);
+    expect_seq(a, 2, FRAME_DURABLE, 2);
+    uint8_t *got = malloc(size), *want = calloc(1, size), p[32];
+    fill(want, 0, (size_t)hole, 7);
+    fill(want + 800000, 800000, 50000, 3);
+    struct frame_read r = {.request = ++request_no, .pin = pin(a, "x", NULL), .len = FRAME_READ_MAX, .bulk = FRAME_READ_BULK};
+    r.request = ++request_no;
+    send_bytes(a, 9, FRAME_READ, p, frame_read_put(p, sizeof p, &r));
+    struct frame_data d = {.kind = FRAME_DATA_MORE};
+    size_t at = 0, frames = 0;
+    for (; d.kind & FRAME_DATA_MORE; at += d.len, frames++) {
+        struct buf *b = expect(a, 9, FRAME_DATA);
+        assert_int_equal(frame_data_get(b->data, b->len, &d), 0);
+        assert_true(d.request == r.request && d.len <= size - at);
+        d.data ? memcpy(got + at, d.data, d.len) : memset(got + at, 0, d.len);
+    }
+    assert_int_equal(at, size);
+    assert_memory_equal(got, want, size);
+    assert_true(frames < 8); /* the hole of 12 frames' length is one */
+    r = (struct frame_read){.request = ++request_no, .pin = r.pin, .offset = size, .len = 1, .bulk = FRAME_READ_DEMAND};
+    send_bytes(a, 9, FRAME_READ, p, frame_read_put(p, sizeof p, &r));
+    struct buf *b = expect(a, 9, FRAME_DATA);
+    assert_true(!frame_data_get(b->data, b->len, &d) && !d.kind && !d.len);
+    ask_read(a, r.pin, 0, FRAME_READ_MAX + 1);
+    expect_failed(a, 9, request_no, FRAME_E_PROTOCOL);
+    free(got);
+    free(want);
+}
+
+static void ask_pin(struct client *c, const char *name, uint64_t epoch, int line, uint32_t head)
+{
+    static uint8_t bytes[NAME_CAP + 64];
+    static struct frame_pin p;
+    p = (struct frame_pin){.request = ++request_no, .keep = 1, .epoch = epoch, .head = head};
+    if (epoch)
+        p.lineage = lineage(line);
+    snprintf(p.name, sizeof p.name, "%s", name);
+    send_bytes(c, 9, FRAME_PIN, bytes, frame_pin_put(bytes, sizeof bytes, &p));
+}
+
+static uint32_t pinned_at(struct client *c, uint64_t epoch)
+{
+    struct frame_entry e;
+    uint32_t request, number;
+    struct buf *b = expect(c, 9, FRAME_PINNED);
+    assert_int_equal(frame_pinned_get(b->data, b->len, &request, &number, &e), 0);
+    assert_true(request == request_no && e.epoch == epoch);
+    return number;
+}
+
+/* The beginning comes with the pin. */
+static void pins_with_head(void **state)
+{
+    (void)state;
+    struct client *a = client("a");
+    uint64_t fence = created(a, 1, "x", 1, 7);
+    uint8_t want[4096];
+    ask_pin(a, "x", 0, 1, sizeof want);
+    pinned_at(a, 1);
+    struct frame_data d;
+    struct buf *b = expect(a, 9, FRAME_DATA);
+    fill(want, 0, sizeof want, 7);
+    assert_true(!frame_data_get(b->data, b->len, &d) && d.request == request_no && d.len == sizeof want && !d.kind);
+    assert_memory_equal(d.data, want, sizeof want);
+    begin(a, 2, 2);
+    region(a, 2, 1, 2, fence, 0);
+    end(a, 2, 2, 1);
+    expect_seq(a, 2, FRAME_RECEIVED, 2);
+    expect_seq(a, 2, FRAME_DURABLE, 2);
+    ask_pin(a, "x", 0, 1, 1);
+    pinned_at(a, 2); /* nothing comes of an empty region */
+    ask_pin(a, "y", 0, 1, 1);
+    expect_failed(a, 9, request_no, FRAME_E_NOT_FOUND);
+}
+
+/* What was pinned over a connection that is lost is had again by its epoch, by nobody else, and also while the old one is not known to be lost. */
+static void pins_outlive_their_connection(void **state)
+{
+    (void)state;
+    struct client *a = client("a"), *b = client("b"), *writer = client("w");
+    uint64_t fence = created(writer, 1, "x", 1, 7);
+    ask_pin(a, "x", 0, 1, 0);
+    uint32_t first = pinned_at(a, 1);
+    begin(writer, 2, 2);
+    region(writer, 2, 1, 2, fence, 65536);
+    pages(writer, 2, 1, 0, 32768, 9);
+    end(writer, 2, 2, 2);
+    expect_seq(writer, 2, FRAME_RECEIVED, 2);
+    expect_seq(writer, 2, FRAME_DURABLE, 2);
+
+    ask_pin(b, "x", 1, 1, 0); /* another identity */
+    expect_failed(b, 9, request_no, FRAME_E_LIMIT);
+    struct client *again = client("a");
+    ask_pin(again, "x", 1, 2, 0); /* another lineage */
+    expect_failed(again, 9, request_no, FRAME_E_LIMIT);
+    ask_pin(again, "x", 1, 1, 0);
+    expect_read(again, pinned_at(again, 1), 0, 4096, 7);
+    expect_read(a, first, 4096, 4096, 7);
+    client_end(a);
+    client_end(again);
+    a = client("a");
+    ask_pin(a, "x", 1, 1, 0);
+    first = pinned_at(a, 1);
+    expect_read(a, first, 0, 4096, 7);
+    unpin(a, first); /* given back: gone for good */
+    ask_pin(a, "x", 1, 1, 0);
+    expect_failed(a, 9, request_no, FRAME_E_LIMIT);
+    ask_pin(a, "x", 2, 1, 0); /* the newest may be named */
+    expect_read(a, pinned_at(a, 2), 0, 4096, 9);
+}
+
 static void pins_are_bounded(void **state)
 {
     (void)state;
@@ -1046,6 +1168,9 @@ int main(void)
         BOTH(two_handles_one_lease),
         BOTH(bad_names),
         BOTH(pins_keep_their_epoch),
+        BOTH(long_reads),
+        BOTH(pins_with_head),
+        BOTH(pins_outlive_their_connection),
         BOTH(pins_are_bounded),
         ON(handles_are_bounded, "mem:"),
         BOTH(removes),
