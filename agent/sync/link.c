@@ -7,6 +7,7 @@
 #include "agent/base/log.h"
 #include "agent/base/xxh3.h"
 #include "agent/net/server.h"
+#include "agent/page/page.h"
 #include "agent/store/store.h"
 
 #include <errno.h>
@@ -151,6 +152,7 @@ static void link_open(void *owner, const struct frame_hello *peer)
         next = g->next;
         group_link_up(g);
     }
+    page_link_up(k);
 }
 
 static void link_closed(void *owner, int err, const char *why)
@@ -174,6 +176,7 @@ static void link_closed(void *owner, int err, const char *why)
         next = g->next;
         group_link_lost(g);
     }
+    page_link_lost(k);
 }
 
 static void send_own(struct link *k, uint8_t type, struct buf *b)
@@ -246,6 +249,8 @@ static void take_failed(struct link *k, uint32_t stream, const struct buf *p)
 static void link_frame(void *owner, uint32_t stream, uint8_t type, struct buf *p)
 {
     struct link *k = owner;
+    if (page_frame(k, stream, type, p))
+        return;
     uint64_t seq = (type == FRAME_RECEIVED || type == FRAME_DURABLE) && p->len == 8 ? get_u64(p->data) : 0;
     struct group *g = seq ? group_by_epoch(k, stream, seq) : NULL;
     const char *fault;

@@ -3,6 +3,7 @@
 #include "agent/sync/model.h"
 #include "agent/base/identity.h"
 #include "agent/net/server.h"
+#include "agent/page/page.h"
 #include "agent/store/store.h"
 
 #include <errno.h>
@@ -87,6 +88,7 @@ static void local_free(struct local *l)
             free(r->path);
             free(r);
         }
+        page_link_free(k);
         free(k->address);
         free(k);
     }
@@ -185,6 +187,7 @@ static void tick(uv_timer_t *t)
             __atomic_fetch_add(&p->shared->beats, 1, __ATOMIC_RELAXED);
     for (struct link *k = l->links; k; k = k->next) {
         link_tick(k, now);
+        page_tick(k, now);
         for (struct group **at = &k->groups; *at;) {
             struct group *g = *at;
             group_tick(g, now);

@@ -2,6 +2,7 @@
 #include "agent/sync/local.h"
 #include "agent/sync/capture.h"
 #include "agent/base/log.h"
+#include "agent/page/page.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -540,7 +541,7 @@ static int dispatch(struct program *p, struct message *m)
             p->uffd = take_fd(m, 0);
         return 0;
     default:
-        return -EPROTO;
+        return page_message(p, type, m->data, m->len, m->fds, m->nfds);
     }
 }
 

@@ -83,6 +83,7 @@ struct link {
     struct region *regions;
     struct group *groups;
     struct reconcile *reconciles; /* reconcile.c */
+    struct pager *pager; /* of what is presented from there; NULL: nothing ever was */
     bool stopping, stopping_server;
     bool packs;  /* its bytes leave this host: saving some is worth the time */
     bool broken; /* can never work (bad URL, not built): reason says why */
@@ -189,6 +190,9 @@ struct program {
     struct shared *shared;
     struct use *uses, *dead_uses; /* dead: freed when nobody holds the program */
     struct naming *namings;       /* renames and unlinks begun */
+    struct viewer *viewers;       /* agent/page: what is presented to it */
+    struct fault_watch *faults;
+    bool eager_said;
     bool watch;                   /* stands for `memsync watch`: no socket */
     bool unwatched;               /* it was told that its files' events cannot be had */
 };

@@ -6,6 +6,7 @@
  * `memsync sync`: the remote stays at its last epoch. */
 #include "agent/sync/capture.h"
 #include "agent/base/log.h"
+#include "agent/page/page.h"
 
 #include <errno.h>
 #include <linux/futex.h>
@@ -247,6 +248,7 @@ void program_gone(struct program *p)
     p->gone = true;
     bool died = !p->bye && p->greeted && !p->tool;
     bool writing = p->shared && __atomic_load_n(&p->shared->calls, __ATOMIC_SEQ_CST);
+    page_program_gone(p);
     if (p->link)
         naming_after_death(p);
     if (p->link)

@@ -1,6 +1,7 @@
 /* What `memsync status` shows, as one JSON object. */
 #include "agent/sync/capture.h"
 #include "agent/base/version.h"
+#include "agent/page/page.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -98,6 +99,10 @@ char *status_json(struct local *l)
                 region(f, l, r);
                 comma = true;
             }
+    fputs("],\"views\":[", f);
+    comma = false;
+    for (struct link *k = l->links; k; k = k->next)
+        page_status(f, k, &comma, text);
     fputs("],\"programs\":[", f);
     comma = false;
     for (const struct program *p = l->programs; p; p = p->next)

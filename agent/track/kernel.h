@@ -20,6 +20,14 @@
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #endif
 
+/* 6.6 */
+struct kernel_uffdio_poison {
+    struct uffdio_range range;
+    uint64_t mode;
+    int64_t updated;
+};
+#define KERNEL_UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct kernel_uffdio_poison)
+
 #define KERNEL_PAGE_IS_WRITTEN (1ULL << 1)
 #define KERNEL_SCAN_WP_MATCHING (1ULL << 0)
 #define KERNEL_SCAN_CHECK_WPASYNC (1ULL << 1)

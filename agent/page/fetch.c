@@ -1,0 +1,608 @@
+/* The pager's half of the wire: pins, READs and their DATA, over streams of its own (see mount.h). */
+#include "agent/page/mount.h"
+
+#include "agent/base/log.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#define PIN_RETRY_MS 1000u
+
+struct pager *pager_of(struct link *k)
+{
+    if (k->pager)
+        return k->pager;
+    struct pager *g = calloc(1, sizeof *g);
+    if (!g)
+        return NULL;
+    *g = (struct pager){.link = k, .ahead = BULK_AHEAD_MIN, .fastest = UINT64_MAX};
+    for (size_t i = 0; i < 1 + BULK_STREAMS; i++)
+        g->streams[i] = ++k->next_stream;
+    k->pager = g;
+    if (k->state == LINK_UP)
+        conn_set_priority(k->conn, g->streams[0], CONN_URGENT);
+    return g;
+}
+
+static void send_on(struct pager *g, size_t stream, uint8_t type, struct buf *b)
+{
+    if (b && g->link->conn)
+        conn_send(g->link->conn, g->streams[stream], type, b);
+    else
+        buf_drop(b);
+}
+
+/* ---- pins ---- */
+
+static void pin_send(struct pager *g, uint32_t request, const char *name, uint64_t epoch, const struct id *lineage,
+                     uint32_t head)
+{
+    static struct frame_pin f;
+    struct buf *b = buf_new(NAME_CAP + 32);
+    f = (struct frame_pin){.request = request, .keep = 1, .epoch = epoch, .lineage = *lineage, .head = head};
+    snprintf(f.name, sizeof f.name, "%s", name);
+    if (b)
+        b->len = (uint32_t)frame_pin_put(b->data, b->cap, &f);
+    send_on(g, 0, FRAME_PIN, b);
+}
+
+void fetch_unpin(struct pager *g, uint32_t pin)
+{
+    struct buf *b = buf_new(4);
+    if (b) {
+        put_u32(b->data, pin);
+        b->len = 4;
+    }
+    send_on(g, 0, FRAME_UNPIN, b);
+}
+
+void fetch_pin(struct mount *m)
+{
+    struct pager *g = m->pager;
+    if (g->link->state != LINK_UP || m->state != MOUNT_UNPINNED)
+        return;
+    m->request = ++g->link->next_request;
+    m->state = MOUNT_ASKED;
+    pin_send(g, m->request, m->name, m->epoch, &m->lineage, 0);
+}
+
+void opening_ask(struct pager *g, struct opening *o)
+{
+    if (g->link->state != LINK_UP || o->request || o->mount)
+        return;
+    o->request = ++g->link->next_request;
+    pin_send(g, o->request, o->how.name, o->epoch, &o->lineage, o->how.look ? 0 : HEAD_BYTES);
+}
+
+/* ---- reads ---- */
+
+static uint64_t byte_of(const struct mount *m, uint64_t page)
+{
+    return page * PAGE_SIZE < m->size ? page * PAGE_SIZE : m->size;
+}
+
+static struct read *read_new(struct mount *m, uint64_t from, uint64_t to, bool bulk, uint32_t stream, uint64_t since)
+{
+    struct read *r = calloc(1, sizeof *r);
+    if (!r)
+        return NULL;
+    struct pager *g = m->pager;
+    *r = (struct read){.next = g->reads,
+                       .mount = m,
+                       .stream = stream,
+                       .offset = byte_of(m, from),
+                       .len = byte_of(m, to) - byte_of(m, from),
+                       .since = since,
+                       .sent = uv_hrtime(),
+                       .bulk = bulk};
+    g->reads = r;
+    g->under[stream] += r->len;
+    if (bulk)
+        g->bulk += r->len;
+    else
+        g->demand_n++;
+    pages_ask(&m->pages, from, to);
+    return r;
+}
+
+/* What has not come of it is missing again. */
+static void read_free(struct pager *g, struct read *r)
+{
+    struct read **at = &g->reads;
+    while (*at != r)
+        at = &(*at)->next;
+    *at = r->next;
+    g->under[r->stream] -= r->len - r->got;
+    if (r->bulk)
+        g->bulk -= r->len - r->got;
+    else
+        g->demand_n--;
+    if (r->mount)
+        pages_unask(&r->mount->pages, (r->offset + r->got) / PAGE_SIZE,
+                    (r->offset + r->len + PAGE_SIZE - 1) / PAGE_SIZE);
+    free(r);
+}
+
+static void read_send(struct mount *m, uint64_t from, uint64_t to, bool bulk, uint32_t stream, uint64_t since)
+{
+    struct pager *g = m->pager;
+    struct read *r = read_new(m, from, to, bulk, stream, since);
+    if (!r)
+        return;
+    r->request = ++g->link->next_request;
+    struct frame_read f = {
+        .request = r->request, .pin = m->pin, .offset = r->offset, .len = (uint32_t)r->len, .bulk = bulk};
+    struct buf *b = buf_new(32);
+    if (b)
+        b->len = (uint32_t)frame_read_put(b->data, b->cap, &f);
+    send_on(g, stream, FRAME_READ, b);
+}
+
+bool fetch_demanded(const struct mount *m, uint64_t page)
+{
+    uint64_t at = page * PAGE_SIZE;
+    for (const struct read *r = m->pager->reads; r; r = r->next)
+        if (r->mount == m && !r->bulk && r->offset + r->got <= at && at < r->offset + r->len)
+            return true;
+    for (size_t i = 0; i < m->wanted_n; i++)
+        if (m->wanted[i].from <= page && page < m->wanted[i].to)
+            return true;
+    return false;
+}
+
+bool fetch_is_far(const struct mount *m, uint64_t page)
+{
+    uint64_t at = page * PAGE_SIZE, now = uv_hrtime();
+    const struct pager *g = m->pager;
+    for (const struct read *r = g->reads; r; r = r->next)
+        if (r->mount == m && r->bulk && r->offset + r->got <= at && at < r->offset + r->len)
+            return g->usual > now - r->sent + g->fastest;
+    return false;
+}
+
+static bool can_demand(const struct mount *m)
+{
+    return m->state == MOUNT_PINNED && m->pager->demand_n < DEMAND_READS;
+}
+
+static void demand(struct mount *m, uint64_t from, uint64_t to, uint64_t since)
+{
+    for (uint64_t end; from < to; from = end) {
+        end = to - from < PLAN_WINDOW ? to : from + PLAN_WINDOW;
+        read_send(m, from, end, false, 0, since);
+    }
+}
+
+void fetch_want(struct mount *m, uint64_t from, uint64_t to, uint64_t since)
+{
+    if (m->state == MOUNT_FAILED)
+        return;
+    if (can_demand(m)) {
+        demand(m, from, to, since);
+        fetch_pump(m->pager);
+        return;
+    }
+    if (m->wanted_n == m->wanted_cap) {
+        size_t cap = m->wanted_cap ? m->wanted_cap * 2 : 16;
+        struct want *more = realloc(m->wanted, cap * sizeof *more);
+        if (!more) {
+            m->starved = true;
+            return;
+        }
+        m->wanted = more;
+        m->wanted_cap = cap;
+    }
+    m->wanted[m->wanted_n++] = (struct want){from, to, since};
+}
+
+static void wanted_ask(struct mount *m)
+{
+    size_t done = 0;
+    for (; done < m->wanted_n && can_demand(m); done++)
+        demand(m, m->wanted[done].from, m->wanted[done].to, m->wanted[done].since);
+    m->wanted_n -= done;
+    if (done && m->wanted_n)
+        memmove(m->wanted, m->wanted + done, m->wanted_n * sizeof *m->wanted);
+}
+
+/* ---- ranges that calls wait for ---- */
+
+/* Demands what comes next of it. True: it is answered, and gone. */
+static bool fetching_step(struct mount *m, struct fetching *f)
+{
+    f->from = pages_hole(&m->pages, f->from, f->to);
+    if (m->state == MOUNT_FAILED || f->from == f->to) {
+        answer_drop(f->answer, f->from == f->to ? 0 : -EIO);
+        free(f);
+        return true;
+    }
+    uint64_t end = f->to - f->from < PLAN_WINDOW ? f->to : f->from + PLAN_WINDOW;
+    if (pages_bit(m->pages.asked, f->from) && !fetch_demanded(m, f->from) && fetch_is_far(m, f->from))
+        fetch_want(m, f->from,
+                   pages_hole_end(&m->pages, f->from, end < f->from + PLAN_FIRST ? end : f->from + PLAN_FIRST),
+                   f->since);
+    for (uint64_t at = f->from, stop; at < end && m->state != MOUNT_FAILED; at = stop) {
+        at = pages_gap(&m->pages, at, end);
+        stop = pages_gap_end(&m->pages, at, end);
+        if (at < stop && !fetch_demanded(m, at))
+            fetch_want(m, at, stop, f->since);
+    }
+    return false;
+}
+
+static void fetchings_step(struct mount *m)
+{
+    for (struct fetching **at = &m->fetchings, *f; (f = *at);) {
+        struct fetching *next = f->next;
+        if (fetching_step(m, f))
+            *at = next;
+        else
+            at = &f->next;
+    }
+}
+
+void fetch_range(struct mount *m, struct answer *a, uint64_t offset, uint64_t len)
+{
+    uint64_t from = offset / PAGE_SIZE, to = (offset + len + PAGE_SIZE - 1) / PAGE_SIZE;
+    struct fetching *f = calloc(1, sizeof *f);
+    if (!f) {
+        answer_drop(a, -ENOMEM);
+        return;
+    }
+    if (to > m->pages.count)
+        to = m->pages.count;
+    *f = (struct fetching){.next = m->fetchings,
+                           .answer = a,
+                           .from = from < to ? from : to,
+                           .to = to,
+                           .since = uv_now(m->pager->link->local->loop)};
+    m->fetchings = f;
+    if (from < to)
+        plan_touch(&m->plan, from, to);
+    fetchings_step(m);
+    fetch_pump(m->pager);
+}
+
+void fetch_forget(struct mount *m)
+{
+    for (struct read *r = m->pager->reads; r; r = r->next)
+        if (r->mount == m) {
+            uint64_t from = (r->offset + r->got) / PAGE_SIZE, to = (r->offset + r->len + PAGE_SIZE - 1) / PAGE_SIZE;
+            pages_unask(&m->pages, from, to);
+            r->mount = NULL;
+        }
+    m->wanted_n = 0;
+    while (m->fetchings) {
+        struct fetching *f = m->fetchings;
+        m->fetchings = f->next;
+        answer_drop(f->answer, pages_hole(&m->pages, f->from, f->to) < f->to ? -EIO : 0);
+        free(f);
+    }
+}
+
+/* ---- the background ---- */
+
+static uint32_t least_busy(const struct pager *g)
+{
+    uint32_t best = 1;
+    for (uint32_t i = 2; i <= BULK_STREAMS; i++)
+        if (g->under[i] < g->under[best])
+            best = i;
+    return best;
+}
+
+static struct mount *next_of(struct pager *g, struct mount *m)
+{
+    return m && m->next ? m->next : g->mounts;
+}
+
+void fetch_pump(struct pager *g)
+{
+    struct mount *m = next_of(g, g->turn);
+    unsigned idle = 0, all = 0;
+    for (struct mount *i = g->mounts; i; i = i->next)
+        all++;
+    while (idle < all && g->bulk < g->ahead) {
+        uint64_t from, to;
+        if (m->state == MOUNT_PINNED && (m->viewers || m->eager) && plan_next(&m->plan, &m->pages, &from, &to)) {
+            read_send(m, from, to, true, least_busy(g), 0);
+            idle = 0;
+            g->turn = m;
+        } else {
+            idle++;
+        }
+        m = next_of(g, m);
+    }
+}
+
+/* An answer to the background is whole: is there room for more under way, or too much? */
+static void ahead_adjust(struct pager *g, const struct read *r)
+{
+    uint64_t took = uv_hrtime() - r->sent;
+    if (took < g->fastest)
+        g->fastest = took;
+    g->usual = g->usual ? g->usual - g->usual / 8 + took / 8 : took;
+    if (took < 2 * g->fastest + BULK_SLACK_MS * 1000000u)
+        g->ahead += g->bulk + r->len >= g->ahead ? r->len : 0; /* only when it was made use of */
+    else
+        g->ahead -= g->ahead / 16;
+    g->ahead = g->ahead < BULK_AHEAD_MIN ? BULK_AHEAD_MIN : g->ahead > BULK_AHEAD_MAX ? BULK_AHEAD_MAX : g->ahead;
+}
+
+/* ---- answers ---- */
+
+static void violated(struct pager *g, const char *what)
+{
+    conn_close(g->link->conn, false, FRAME_E_PROTOCOL, what);
+}
+
+static struct read *read_of(struct pager *g, uint32_t request)
+{
+    for (struct read *r = g->reads; r; r = r->next)
+        if (r->request == request)
+            return r;
+    return NULL;
+}
+
+static void take_data(struct pager *g, uint32_t stream, const struct buf *p)
+{
+    struct frame_data d;
+    conn_credit(g->link->conn, stream, p->len);
+    struct read *r = frame_data_get(p->data, p->len, &d) ? NULL : read_of(g, d.request);
+    if (!r)
+        return violated(g, "a DATA out of form, or that nobody asked for");
+    bool more = d.kind & FRAME_DATA_MORE;
+    if (!d.len || d.len > r->len - r->got || more != (d.len < r->len - r->got) || (more && d.len % PAGE_SIZE))
+        return violated(g, "a DATA that is not what was asked for");
+    struct mount *m = r->mount;
+    int rc = m ? mount_put(m, r->offset + r->got, d.data, d.len) : 0;
+    r->got += d.len;
+    g->under[r->stream] -= d.len;
+    if (r->bulk)
+        g->bulk -= d.len;
+    if (!more) {
+        if (r->bulk)
+            ahead_adjust(g, r);
+        read_free(g, r);
+    }
+    if (rc)
+        mount_fail(m, rc, "no memory for its pages here (%s)", strerror(-rc));
+    else if (m && m->eager && mount_complete(m))
+        openings_look(m);
+    if (m && m->state == MOUNT_PINNED)
+        wanted_ask(m);
+    if (m)
+        fetchings_step(m);
+    fetch_pump(g);
+}
+
+static struct mount *mount_asked(struct pager *g, uint32_t request)
+{
+    for (struct mount *m = g->mounts; m; m = m->next)
+        if (m->state == MOUNT_ASKED && m->request == request)
+            return m;
+    return NULL;
+}
+
+static struct opening *opening_asked(struct pager *g, uint32_t request)
+{
+    for (struct opening *o = g->openings; o; o = o->next)
+        if (o->request == request)
+            return o;
+    return NULL;
+}
+
+static void mount_pinned(struct mount *m, uint32_t pin, const struct frame_entry *e)
+{
+    m->pin = pin;
+    m->state = MOUNT_PINNED;
+    if (!id_same(&e->lineage, &m->lineage) || e->epoch != m->epoch || e->size != m->size) {
+        mount_fail(m, -ESTALE, "the remote has another region of that name now");
+        return;
+    }
+    wanted_ask(m);
+    fetch_pump(m->pager);
+}
+
+/* The region's beginning, which comes behind PINNED without being asked for again. */
+static void head_read(struct pager *g, struct mount *m, uint32_t request, uint64_t size)
+{
+    uint64_t len = size < HEAD_BYTES ? size : HEAD_BYTES;
+    struct read *r = calloc(1, sizeof *r);
+    if (!r)
+        return violated(g, "no memory for what comes");
+    *r = (struct read){.next = g->reads, .mount = m, .request = request, .len = len, .sent = uv_hrtime()};
+    r->since = uv_now(g->link->local->loop);
+    g->reads = r;
+    g->under[0] += len;
+    g->demand_n++;
+    if (m)
+        pages_ask(&m->pages, 0, (len + PAGE_SIZE - 1) / PAGE_SIZE);
+}
+
+static void take_pinned(struct pager *g, const struct buf *p)
+{
+    static struct frame_entry e;
+    uint32_t request, pin;
+    if (frame_pinned_get(p->data, p->len, &request, &pin, &e))
+        return violated(g, "a PINNED out of form");
+    struct mount *m = mount_asked(g, request);
+    struct opening *o = m ? NULL : opening_asked(g, request);
+    if (m) {
+        mount_pinned(m, pin, &e);
+        return;
+    }
+    if (!o)
+        return violated(g, "a PINNED that nobody asked for");
+    bool head = !o->how.look && e.size;
+    m = opening_pinned(g, o, pin, &e);
+    if (head)
+        head_read(g, m, request, e.size);
+    fetch_pump(g);
+}
+
+static void take_failed(struct pager *g, const struct buf *p)
+{
+    static struct frame_failed f;
+    if (frame_failed_get(p->data, p->len, &f))
+        return violated(g, "a FAILED out of form");
+    int err = f.code == FRAME_E_NAME ? -ENOENT : frame_code_errno(f.code); /* a clash: others have names below it */
+    struct opening *o = opening_asked(g, (uint32_t)f.seq);
+    struct mount *m = mount_asked(g, (uint32_t)f.seq);
+    struct read *r = read_of(g, (uint32_t)f.seq);
+    bool gone = f.code == FRAME_E_LIMIT || f.code == FRAME_E_NOT_FOUND;
+    if (o) {
+        if (err != -ENOENT && o->program)
+            program_notice(o->program, "%s: region %s at %s: %s", o->how.path, o->how.name, g->link->address, f.text);
+        o->request = 0;
+        opening_end(g, o, o->epoch && gone ? -ESTALE : err);
+    } else if (m && gone) {
+        mount_fail(m, -ESTALE, "the remote does not keep its epoch %llu any more: %s", (unsigned long long)m->epoch,
+                   f.text);
+    } else if (m) {
+        m->state = MOUNT_UNPINNED;
+        m->retry_at = uv_now(g->link->local->loop) + PIN_RETRY_MS;
+        log_info("%s: %s", m->name, f.text);
+    } else if (r) {
+        m = r->mount;
+        read_free(g, r);
+        if (m)
+            mount_fail(m, gone ? -ESTALE : -EIO, "the remote cannot read it: %s", f.text);
+        fetch_pump(g);
+    }
+}
+
+bool page_frame(struct link *k, uint32_t stream, uint8_t type, struct buf *payload)
+{
+    struct pager *g = k->pager;
+    if (!g || stream < g->streams[0] || stream > g->streams[BULK_STREAMS])
+        return false;
+    switch (type) {
+    case FRAME_DATA:
+        take_data(g, stream, payload);
+        break;
+    case FRAME_PINNED:
+        take_pinned(g, payload);
+        break;
+    case FRAME_FAILED:
+        take_failed(g, payload);
+        break;
+    case FRAME_CLOSE:
+        break;
+    default:
+        violated(g, "a frame that answers nothing of a reader");
+    }
+    return true;
+}
+
+void page_link_up(struct link *k)
+{
+    struct pager *g = k->pager;
+    if (!g)
+        return;
+    conn_set_priority(k->conn, g->streams[0], CONN_URGENT);
+    g->ahead = BULK_AHEAD_MIN;
+    g->fastest = UINT64_MAX;
+    g->usual = 0;
+    for (struct opening *o = g->openings; o; o = o->next)
+        opening_ask(g, o);
+    for (struct mount *m = g->mounts; m; m = m->next)
+        fetch_pin(m);
+}
+
+void page_link_lost(struct link *k)
+{
+    struct pager *g = k->pager;
+    if (!g)
+        return;
+    for (struct mount *m = g->mounts; m; m = m->next)
+        if (m->state != MOUNT_FAILED)
+            m->state = MOUNT_UNPINNED;
+    for (struct opening *o = g->openings, *next; o; o = next) {
+        next = o->next;
+        o->request = 0;
+        if (!o->program)
+            opening_end(g, o, 0);
+    }
+    while (g->reads) {
+        struct read *r = g->reads;
+        struct mount *m = r->bulk ? NULL : r->mount;
+        uint64_t from = (r->offset + r->got) / PAGE_SIZE, to = (r->offset + r->len + PAGE_SIZE - 1) / PAGE_SIZE;
+        uint64_t since = r->since;
+        read_free(g, r);
+        if (m)
+            fetch_want(m, from, to, since);
+    }
+}
+
+/* Since when somebody has waited for a page of it; 0: nobody does. */
+static uint64_t waiting_since(const struct mount *m)
+{
+    uint64_t since = 0;
+    for (size_t i = 0; i < m->wanted_n; i++)
+        if (!since || m->wanted[i].since < since)
+            since = m->wanted[i].since;
+    for (const struct read *r = m->pager->reads; r; r = r->next)
+        if (r->mount == m && !r->bulk && (!since || r->since < since))
+            since = r->since;
+    for (const struct fetching *f = m->fetchings; f; f = f->next)
+        if (!since || f->since < since)
+            since = f->since;
+    return since;
+}
+
+static bool awaited(const struct mount *m)
+{
+    for (const struct opening *o = m->pager->openings; o; o = o->next)
+        if (o->mount == m)
+            return true;
+    return m->viewers != NULL;
+}
+
+static void mount_tick(struct mount *m, uint64_t now)
+{
+    uint64_t since = m->timeout_ms && m->state != MOUNT_FAILED ? waiting_since(m) : 0;
+    if (m->starved)
+        mount_fail(m, -ENOMEM, "no memory for those who wait for its pages");
+    else if (since && now - since > m->timeout_ms)
+        mount_fail(m, -ETIMEDOUT, "%s did not answer within MEMSYNC_FETCH_TIMEOUT (%llu ms)", m->pager->link->address,
+                   (unsigned long long)m->timeout_ms);
+    if (!awaited(m) && now - m->idle_since > MOUNT_LINGER_MS)
+        mount_free(m);
+    else if (now >= m->retry_at)
+        fetch_pin(m);
+}
+
+void page_tick(struct link *k, uint64_t now)
+{
+    struct pager *g = k->pager;
+    if (!g)
+        return;
+    for (struct opening *o = g->openings, *next; o; o = next) {
+        next = o->next;
+        if (o->program && !o->mount && o->program->timeout_ms && now - o->since > o->program->timeout_ms) {
+            program_notice(o->program, "%s: %s does not answer: %s", o->how.path, k->address,
+                           k->reason[0] ? k->reason : "no word from it");
+            opening_end(g, o, -ETIMEDOUT);
+        }
+    }
+    for (struct mount *m = g->mounts, *next; m; m = next) {
+        next = m->next;
+        mount_tick(m, now);
+    }
+}
+
+void page_link_free(struct link *k)
+{
+    struct pager *g = k->pager;
+    if (!g)
+        return;
+    while (g->openings)
+        opening_end(g, g->openings, -ECONNRESET);
+    while (g->mounts)
+        mount_free(g->mounts);
+    while (g->reads)
+        read_free(g, g->reads);
+    free(g);
+    k->pager = NULL;
+}

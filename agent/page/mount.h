@@ -1,0 +1,198 @@
+/* What a mount is, and how its pages come. Inner header of agent/page; all of it belongs to the loop thread.
+ *
+ *     link -- pager --< mount --< viewer --< stretch        pager --< read (a READ under way), --< opening
+ *                                   |
+ *                                program
+ *
+ * A page of a mount is *missing* (a hole of the memfd), *asked* (a READ for it is under way) or *here* (data of the
+ * memfd, and never written again). The memfd itself is the record: who takes it over (RESUME, after an agent died)
+ * learns from its data and holes what is here. Nothing about a mount is on the disk.
+ *
+ *                       PIN epoch 0                 DATA            last viewer gone
+ *     opening ----------------------------> pinned ------> ... ------------------------> UNPIN, freed
+ *        | -ENOENT, -ETIMEDOUT, ...          |   ^
+ *        v                        link lost  |   | PINNED: same lineage, epoch, size
+ *     answered                               v   |
+ *                                         unpinned --link up--> PIN epoch E --LIMIT, NOT_FOUND--> failed
+ *
+ * - A fault (read from the program's userfaultfd) becomes a window of pages (plan.h), asked for as demand. Windows that
+ * cannot be asked for now (unpinned; too many at once) wait in `wanted`. A page that the background has asked for
+ * already is asked for again when somebody stands still for it: demand overtakes bulk, and the copy that comes second
+ * finds the page there.
+ * - Background: as long as less than pager.ahead bytes are under way, the plan's next run is asked for, of each mount
+ * in turn. `ahead` rises while answers come as fast as the fastest (twice its time, and BULK_SLACK_MS more) and falls
+ * when they do not: full use of a long line, and no queue before a demanded page on a short one.
+ * - DATA is put into the memfd from the frame's own bytes, and whoever waits in a mapping of it is woken: in that
+ * order, always.
+ *
+ * What can go wrong:
+ *
+ *     link lost               reads under way: demand goes back to `wanted`, bulk becomes missing again; PIN anew when
+ * it is up. Threads wait.
+ *     ... for longer than MEMSYNC_FETCH_TIMEOUT with somebody waiting          failed (-ETIMEDOUT)
+ *     epoch not kept at the remote, or another lineage there                   failed (-ESTALE)
+ *     remote cannot read its disk                                              failed (-EIO)
+ *     no memory for a page here                                                failed (-ENOMEM)
+ *     a program punches holes into what is here      the next fault finds a hole and asks for it again
+ *     program dies                                   its viewers go; the last one's mount too
+ *     agent dies                                     threads wait in their faults: the program keeps its userfaultfd.
+ * It hands memfd and descriptor to the next agent, which wakes every announced range once
+ *
+ * Failed: every page that is missing is poisoned in all stretches, now and when they come later; what is here stays.
+ * Said once to every program.
+ *
+ * Eager: where this agent or the program has no userfaultfd (or not for shared memory), the whole region is written
+ * into the memfd before OPEN is answered, and nothing faults. */
+#ifndef PAGE_MOUNT_H
+#define PAGE_MOUNT_H
+
+#include "agent/page/page.h"
+#include "agent/page/pages.h"
+#include "agent/page/plan.h"
+#include "wire/control.h"
+#include "wire/shared.h"
+
+#define BULK_STREAMS 12u
+#define BULK_AHEAD_MIN (2u << 20)
+#define BULK_AHEAD_MAX (BULK_STREAMS * FRAME_WINDOW) /* below what a server lets lie unread */
+#define BULK_SLACK_MS 3u
+#define DEMAND_READS 128u /* under way: a server has SESSION_REQUESTS for a connection */
+#define HEAD_BYTES (256u << 10) /* comes with the pin; as much of the end is asked for next */
+#define MOUNT_SIZE_MAX (16ULL << 40)
+#define STRETCHES_MAX 65536u
+#define MOUNT_LINGER_MS 10000u /* without viewers: one may be handed on by exec */
+
+struct stretch {
+    uint64_t addr, len, offset;
+};
+
+struct viewer {
+    struct viewer *next_mount, *next_program;
+    struct mount *mount;
+    struct program *program;
+    uint32_t number;
+    struct stretch *stretches;
+    size_t count, cap;
+};
+
+/* A window that waits to be asked for. */
+struct want {
+    uint64_t from, to; /* pages */
+    uint64_t since;
+};
+
+enum mount_state { MOUNT_UNPINNED, MOUNT_ASKED, MOUNT_PINNED, MOUNT_FAILED };
+
+struct mount {
+    struct mount *next;
+    struct pager *pager;
+    char *name, *path; /* path: of the first viewer */
+    struct id lineage;
+    uint64_t epoch, size;
+    int64_t mtime;
+    uint64_t timeout_ms; /* viewers with another one have another mount */
+    enum mount_state state;
+    uint32_t pin, request;
+    uint64_t retry_at;
+    int memfd, shared_fd;
+    uint64_t dev, ino; /* of memfd */
+    struct view *shared;
+    uint8_t *window; /* the mapping that is filled; NULL: eager */
+    bool eager;
+    struct pages pages;
+    struct plan plan;
+    struct viewer *viewers;
+    uint64_t idle_since; /* while it has none */
+    struct fetching *fetchings;
+    struct want *wanted;
+    size_t wanted_n, wanted_cap; /* bounded by the threads that wait: nothing is in it twice */
+    bool starved;                /* there was no memory for one of them */
+    uint64_t bytes_in;
+    char reason[256]; /* why it failed */
+};
+
+struct read {
+    struct read *next;
+    struct mount *mount; /* NULL: gone meanwhile */
+    uint32_t request;
+    uint32_t stream; /* of the pager's, by index */
+    uint64_t offset, len, got;
+    uint64_t since; /* uv_now: when somebody began to wait; demand */
+    uint64_t sent;  /* uv_hrtime */
+    bool bulk;
+};
+
+/* A call of a program waits for [from, to), of which all before `from` is here. */
+struct fetching {
+    struct fetching *next;
+    struct answer *answer;
+    uint64_t from, to, since;
+};
+
+/* An OPEN (or a look) that is being asked for. */
+struct opening {
+    struct opening *next;
+    struct program *program; /* held, by the answer; NULL: given up, but asked for: the answer is waited for */
+    struct answer *answer;
+    uint32_t request; /* 0: not asked */
+    uint64_t epoch;   /* and lineage: that one and no other (RESUME); 0: the last */
+    struct id lineage;
+    uint64_t since;
+    struct mount *mount; /* eager: is being filled */
+    struct control_open how;
+};
+
+struct pager {
+    struct link *link;
+    struct mount *mounts, *turn; /* turn: whose background was asked last */
+    struct read *reads;
+    unsigned demand_n;
+    struct opening *openings;
+    uint32_t streams[1 + BULK_STREAMS]; /* the link's numbers; [0]: pins and demand */
+    uint64_t under[1 + BULK_STREAMS];   /* bytes under way on each */
+    uint64_t bulk, ahead;               /* bytes */
+    uint64_t fastest, usual;            /* ns from a bulk READ to its last DATA */
+};
+
+/* mount.c */
+struct mount *mount_find(struct pager *g, const char *name, const struct id *lineage, uint64_t epoch,
+                         uint64_t timeout_ms, bool eager);
+/* memfd: one that is taken over, or -1. NULL without memory or descriptors. */
+struct mount *mount_new(struct pager *g, const struct control_open *how, const struct frame_entry *e, int memfd,
+                        int shared_fd, bool eager);
+void mount_free(struct mount *m);
+struct viewer *viewer_add(struct mount *m, struct program *p, uint32_t number);
+void viewer_end(struct viewer *v);
+int viewer_map(struct viewer *v, uint64_t addr, uint64_t len, uint64_t offset);
+void viewer_unmap(struct viewer *v, uint64_t addr, uint64_t len);
+void mount_wake(struct mount *m, uint64_t from, uint64_t to); /* pages */
+/* Pages [from, to) from their bytes, or zeros (NULL). The last page of the region may be short. 0 or negative errno. */
+int mount_put(struct mount *m, uint64_t offset, const uint8_t *data, uint64_t len);
+void mount_fail(struct mount *m, int err, const char *format, ...) __attribute__((format(printf, 3, 4)));
+void mount_poison(struct mount *m, const struct viewer *v, const struct stretch *s); /* what is missing in it */
+void mount_fault(struct mount *m, struct viewer *v, const struct stretch *s, uint64_t page);
+/* MADV_*, of bytes. */
+void mount_advise(struct mount *m, uint8_t advice, uint64_t offset, uint64_t len);
+bool mount_complete(const struct mount *m);
+
+/* fetch.c */
+struct pager *pager_of(struct link *k);
+void fetch_pump(struct pager *g);
+void fetch_want(struct mount *m, uint64_t from, uint64_t to, uint64_t since); /* demand */
+bool fetch_demanded(const struct mount *m, uint64_t page);                    /* already */
+/* Of a page that was asked for in the background: a demand would have it here sooner. */
+bool fetch_is_far(const struct mount *m, uint64_t page);
+/* Answers when the bytes are all here; the answer's reference is taken over. */
+void fetch_range(struct mount *m, struct answer *a, uint64_t offset, uint64_t len);
+void fetch_forget(struct mount *m); /* it goes, or failed */
+void fetch_unpin(struct pager *g, uint32_t pin);
+void fetch_pin(struct mount *m);
+void opening_ask(struct pager *g, struct opening *o);
+
+/* viewers.c */
+/* The mount it came to, if any. */
+struct mount *opening_pinned(struct pager *g, struct opening *o, uint32_t pin, const struct frame_entry *e);
+void opening_end(struct pager *g, struct opening *o, int result);
+void openings_look(struct mount *m); /* eager ones that are complete, or failed */
+
+#endif

@@ -1,0 +1,96 @@
+#include "agent/page/pages.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+int pages_init(struct pages *p, uint64_t count)
+{
+    size_t words = (size_t)(count / 64 + 1);
+    *p = (struct pages){.count = count, .have = calloc(words, 8), .asked = calloc(words, 8)};
+    if (p->have && p->asked)
+        return 0;
+    pages_free(p);
+    return -ENOMEM;
+}
+
+void pages_free(struct pages *p)
+{
+    free(p->have);
+    free(p->asked);
+    *p = (struct pages){0};
+}
+
+/* The bits of word `from / 64` that lie in [from, to); *next is where the next word begins. */
+static uint64_t mask(uint64_t from, uint64_t to, uint64_t *next)
+{
+    uint64_t end = (from / 64 + 1) * 64;
+    *next = end;
+    uint64_t m = ~0ULL << from % 64;
+    return to < end ? m & ~(~0ULL << to % 64) : m;
+}
+
+static void set(uint64_t *bits, uint64_t from, uint64_t to, bool on, uint64_t *changed)
+{
+    for (uint64_t next; from < to; from = next) {
+        uint64_t m = mask(from, to, &next), *word = &bits[from / 64], old = *word;
+        *word = on ? old | m : old & ~m;
+        if (changed)
+            *changed += (uint64_t)__builtin_popcountll(old ^ *word);
+    }
+}
+
+void pages_came(struct pages *p, uint64_t from, uint64_t to)
+{
+    set(p->have, from, to, true, &p->have_n);
+    set(p->asked, from, to, false, NULL);
+}
+
+void pages_ask(struct pages *p, uint64_t from, uint64_t to)
+{
+    set(p->asked, from, to, true, NULL);
+}
+
+void pages_unask(struct pages *p, uint64_t from, uint64_t to)
+{
+    set(p->asked, from, to, false, NULL);
+}
+
+void pages_lose(struct pages *p, uint64_t from, uint64_t to)
+{
+    uint64_t lost = 0;
+    set(p->have, from, to, false, &lost);
+    p->have_n -= lost;
+    set(p->asked, from, to, false, NULL);
+}
+
+/* The first page of [from, to) whose bit in the union of a and b is `on`. */
+static uint64_t find(const uint64_t *a, const uint64_t *b, bool on, uint64_t from, uint64_t to)
+{
+    for (uint64_t next; from < to; from = next) {
+        uint64_t m = mask(from, to, &next), word = a[from / 64] | (b ? b[from / 64] : 0);
+        uint64_t hit = (on ? word : ~word) & m;
+        if (hit)
+            return from / 64 * 64 + (uint64_t)__builtin_ctzll(hit);
+    }
+    return to;
+}
+
+uint64_t pages_gap(const struct pages *p, uint64_t from, uint64_t to)
+{
+    return find(p->have, p->asked, false, from, to);
+}
+
+uint64_t pages_gap_end(const struct pages *p, uint64_t from, uint64_t to)
+{
+    return find(p->have, p->asked, true, from, to);
+}
+
+uint64_t pages_hole(const struct pages *p, uint64_t from, uint64_t to)
+{
+    return find(p->have, NULL, false, from, to);
+}
+
+uint64_t pages_hole_end(const struct pages *p, uint64_t from, uint64_t to)
+{
+    return find(p->have, NULL, true, from, to);
+}
