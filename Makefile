@@ -28,7 +28,7 @@ SHIM := $(wildcard shim/*.c) wire/control.c wire/name.c
 AGENT := $(wildcard agent/base/*.c agent/track/*.c agent/sync/*.c agent/store/*.c agent/net/*.c agent/page/*.c) $(WIRE)
 CLI := $(wildcard agent/cli/*.c)
 UNIT := $(wildcard tests/unit/*.c)
-FUZZ := frame step server
+FUZZ := frame step server reconcile
 PROGRAMS := $(filter-out bench/hashes.c bench/reads.c bench/packing.c bench/beside.c,$(wildcard tests/programs/*.c tests/faults/*.c bench/*.c))
 
 shim_objects := $(SHIM:%.c=$(BUILD)/shim.o/%.o)
@@ -70,6 +70,7 @@ $(BUILD)/tests/unit/%: $(BUILD)/o/tests/unit/%.o $(agent_objects) $(BUILD)/shim.
 
 # Fuzz targets bring their own parts; see `make fuzz` for the compiler and flags that all of it wants.
 $(BUILD)/tests/fuzz/server: $(BUILD)/o/tests/fuzz/world.o $(BUILD)/o/tests/fuzz/model.o
+$(BUILD)/tests/fuzz/reconcile: $(BUILD)/o/tests/fuzz/world.o
 $(BUILD)/tests/fuzz/%: $(BUILD)/o/tests/fuzz/%.o $(agent_objects) $(BUILD)/shim.o/shim/rules.o
 	$(call say,LINK,$@)
 	@mkdir -p $(@D)

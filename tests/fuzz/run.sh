@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Runs the fuzz targets over the seeds in corpus/ and whatever they come upon: each TARGET for a few seconds, as a test; or "all SECONDS", which are shared out
-# between them, or "coverage", which says how much of the codec the corpora reach. What a run finds new is kept in $BUILD/corpus, what it fails on in
+# between them, or "coverage" (needs the package llvm), which says how much of the codec the corpora reach. What a run finds new is kept in $BUILD/corpus, what it fails on in
 # $BUILD/found: run $BUILD/tests/fuzz/TARGET with that file to see it again.
 # cases
 # timeout: 100
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ "${1:?a target, list, all SECONDS, or coverage}" = list ] || command -v clang >/dev/null || { echo "SKIP: clang is not installed (make deps)"; exit 77; }
-targets=(frame step server)
+targets=(frame step server reconcile)
 fuzzers=build-fuzz
 
 fuzz() { # TARGET SECONDS
@@ -32,6 +32,18 @@ all)
     for target in "${targets[@]}"; do
         fuzz "$target" $((${2:?SECONDS} / ${#targets[@]}))
     done
+    ;;
+coverage) # of the codec and what is behind it, by what the runs have come upon so far
+    make --no-print-directory BUILD=build-coverage CC=clang OPT='-O1 -g' SANITIZE='-fsanitize=fuzzer-no-link -fprofile-instr-generate -fcoverage-mapping' fuzz-targets >/dev/null
+    objects=()
+    for target in "${targets[@]}"; do
+        mkdir -p "$fuzzers/corpus/$target"
+        LLVM_PROFILE_FILE=build-coverage/$target.profraw build-coverage/tests/fuzz/"$target" -runs=0 "$fuzzers/corpus/$target" "tests/fuzz/corpus/$target" 2>/dev/null
+        objects+=(-object "build-coverage/tests/fuzz/$target")
+    done
+    llvm-profdata merge -o build-coverage/all.profdata build-coverage/*.profraw
+    llvm-cov report "build-coverage/tests/fuzz/${targets[0]}" "${objects[@]}" -instr-profile=build-coverage/all.profdata wire/frame.c agent/net agent/store agent/sync/reconcile.c agent/track/hashes.c |
+        awk '/\.c / { printf "%-32s lines %6s of %5d   branches %s\n", $1, $10, $8, $13 }'
     ;;
 *)
     fuzz "$1" 4

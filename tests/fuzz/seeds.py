@@ -76,6 +76,8 @@ m[:4096] = bytes(range(256)) * 16; m[8192:8300] = b"x" * 108; m.flush()
 m[10:20] = b"0123456789"; m.flush()
 m[12288:16384] = m[0:4096]; m[8192:12288] = bytes(4096); m.flush()
 m[16384:20480] = (b"all work and no play " * 200)[:4096]; m.flush()
+m[24576:28672] = os.urandom(4096); m.flush()
+m[32768:36864] = m[24576:28672]; m.flush()
 os.rename(sys.argv[1], sys.argv[1] + ".new")
 """
         os.mkdir(work + "/files")
@@ -83,7 +85,7 @@ os.rename(sys.argv[1], sys.argv[1] + ".new")
             **env, "LD_PRELOAD": BUILD + "/libmemsync_preload.so", "MEMSYNC_REMOTE": address, "MEMSYNC_REGIONS": work + "/files/*,name=%b"})
         tool = [BUILD + "/memsync"]
         subprocess.run(tool + ["stop"], env=env, check=True, stdout=subprocess.DEVNULL)
-        for words in (["ls"], ["export", "a.new", work + "/copy"], ["verify", "a.new", work + "/copy"], ["import", work + "/copy", "d/e"], ["rm", "d/e"], ["rm", "none"]):
+        for words in (["ls"], ["export", "a.new", work + "/copy"], ["verify", "a.new", "--file", work + "/copy"], ["import", work + "/copy", "d/e"], ["rm", "d/e"], ["rm", "none"]):
             subprocess.run(tool + words + ["--remote", address], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     finally:
         remote.terminate()
@@ -188,9 +190,20 @@ PROGRAMS = {
     "jumps": epoch(region(0, 1, 40), pages(0, data(1, 5))) + QUIET + epoch(region(0), pages(0, delta(1, 5, 1))) + QUIET,
 }
 
+# The reconcile target's: sizes, how many pages are another's, which, and then what the answers are made into.
+COMPARISONS = {
+    "same": [0, 0, 0, 0],
+    "few": [0, 0, 0, 5, 0, 3, 1, 0, 90, 2, 1, 40, 0, 1, 43, 7, 0, 0, 1],
+    "longer": [1, 0, 40, 1, 2, 50, 9, 3, 0, 200, 1, 2, 0, 3, 1, 1, 0],
+    "shorter": [0, 1, 0, 20, 9, 2, 1, 0, 4, 0, 19, 2],
+    "lies": [0, 0, 0, 2, 0, 3, 1, 0, 90, 2, 0, 0, 0, 0, 0xe1, 0, 9, 3, 0, 0xe2, 0, 30, 0, 0xe4, 0xff],
+}
+
 if __name__ == "__main__":
     shutil.rmtree(CORPUS, ignore_errors=True)
     record()
     for name, program in PROGRAMS.items():
         save("server", name, [0] + program)
+    for name, answers in COMPARISONS.items():
+        save("reconcile", name, answers)
     print(subprocess.run(["du", "-ab", "--max-depth=1", CORPUS], stdout=subprocess.PIPE, text=True).stdout, end="")
