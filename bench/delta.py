@@ -60,38 +60,38 @@ def reconciled(b, name, after):
     raise SystemExit("bench: no line about %s being reconciled within 120 s" % name)
 
 
-def lost_queue(b, relay, busy, still, size, changed_pages, seed):
-    """While the link is down so much is stored beside `still`, in its group, that the queue is given up: then all of the group is compared."""
-    relay.say("down")
-    if changed_pages:
-        still.step("r", changed_pages, seed)
-    for i in range(2):
-        busy.step("s", 0, size, seed + i)
-        busy.step("m")
-    relay.say("up")
-
-
 def reconcile(o):
-    """Comparing by hash trees between live agents, of a region that has not changed and of one with 26 changed pages; and after the local agent was killed."""
-    with Bench() as b:
+    """Comparing by hash trees between live agents, when the remote has forgotten epochs: of a region that is the same nevertheless, and of one with 26 other pages.
+    And after the local agent was killed, when the file has to be hashed."""
+    with Bench(store="memory") as b:
         relay = Relay(b, b.address)
-        terms = dict(MEMSYNC_REMOTE=relay.address, MEMSYNC_REGIONS="%s/shim/**,group=bench" % b.memory, MEMSYNC_ACK="durable")
-        still = Stepper(b, b.place("memory", True) + "/still", o.size, b.shim_env(**terms))
-        still.step("s", 0, o.size, 1)
-        still.step("m")
-        size = 192 * MIB
-        busy = Stepper(b, b.place("memory", True) + "/busy", size, b.shim_env(**{**terms, "MEMSYNC_TIMEOUT": "1s"}))
-        busy.step("m")
+        path = b.place("memory", True) + "/data"
+        s = Stepper(b, path, o.size, b.shim_env(MEMSYNC_ACK="durable", MEMSYNC_REMOTE=relay.address))
+        s.step("s", 0, o.size, 1)
+        s.step("m")
         seen = 0
         for count, kind in ((0, "unchanged"), (26, "26 pages")):
-            item = "reconcile %d MiB, %s" % (o.size // MIB, kind)
             found = []
             for i in range(o.rounds):
-                lost_queue(b, relay, busy, still, size, count, 100 * count + 10 * i)
-                values, seen = reconciled(b, "/still", seen)
+                b.remember()
+                if count:
+                    s.step("r", count, 100 + i)
+                else:
+                    s.step("s", 0, 4096, 2)
+                    s.step("m")
+                    s.step("s", 0, 4096, 1)
+                s.step("m")
+                relay.say("down")
+                b.forget()
+                # An agent that has just been started has its tree to build: somebody else has asked for it.
+                subprocess.run([BUILD + "/memsync", "verify", "--remote", b.address, "--file", path, path[1:]], env=clean_env(XDG_STATE_HOME=b.dir + "/other-state"),
+                               stdout=subprocess.DEVNULL)
+                relay.say("up")
+                values, seen = reconciled(b, "/data", seen)
                 found.append(values)
-                still.step("m")
+                s.step("m")
             differ, _, out, in_, ms = (median(v) for v in zip(*found))
+            item = "reconcile %d MiB, %s" % (o.size // MIB, kind)
             row(item, "live", "pages", differ, "")
             row(item, "live", "time", ms, "ms")
             row(item, "live", "sent", out / 1e3, "KB")
@@ -103,10 +103,11 @@ def reconcile(o):
                 mark(item, "time (ms)", ms, 5)
         found, cost = [], []
         item = "reconcile %d MiB, cold" % (o.size // MIB)
-        for _ in range(o.rounds):
+        for i in range(o.rounds):
             b.kill_local()
-            still.step("m")
-            values, seen = reconciled(b, "/still", seen)
+            s.step("s", 0, 64, i)
+            s.step("m")
+            values, seen = reconciled(b, "/data", seen)
             cost.append(sum(b.cpu_of_local()))
             found.append(values)
         ms = median([v[-1] for v in found])
@@ -245,4 +246,40 @@ def reads(o):
             mark(item, "%s region, p99 (ms)" % name, median([v[2] for v in values]), 3)
 
 
-ITEMS = {"changed": changed, "reconcile": reconcile, "insert": insert, "packing": packing, "bulk": bulk, "reads": reads}
+def hub(o):
+    """Sync points of one page through a hub over three replicas: all up, one killed, one back and catching up; and straight to one."""
+    with Bench(remote=False) as b:
+        replicas = dict(b.replica("replica%d" % i)[::-1] for i in range(3))
+        addresses = list(replicas)
+        b.store = "hub:" + ",".join(addresses)
+        b.start_remote("127.0.0.1:0")
+        path = b.place("memory", True)
+        through = Stepper(b, path + "/hub", 64 * MIB, b.shim_env(MEMSYNC_ACK="durable", MEMSYNC_LOG="warn"))
+        straight = Stepper(b, path + "/one", 64 * MIB, b.shim_env(MEMSYNC_ACK="durable", MEMSYNC_LOG="warn", MEMSYNC_REMOTE=addresses[0]))
+        took = {}
+
+        def measure(phase):
+            for i in range(o.rounds):
+                for s, way in ((through, "hub, " + phase), (straight, "one replica")):
+                    took.setdefault(way, []).append(s.step("n", 30, i * 1000) / 1000)
+
+        for s in (through, straight):
+            s.step("s", 0, 64 * MIB, 1)
+            s.step("m")
+        measure("three up")
+        replicas[addresses[2]].kill()
+        replicas[addresses[2]].wait()
+        measure("one killed")
+        through.step("s", 0, 32 * MIB, 2)
+        through.step("m")
+        b.replica("replica2", addresses[2])
+        measure("one catching up")
+        for way, values in took.items():
+            row("one page, replicas in memory", way, "sync point", median(values), "ms")
+            row("one page, replicas in memory", way, "worst median of 30", max(values), "ms")
+        up = median(took["hub, three up"])
+        for phase in ("one killed", "one catching up"):
+            mark("one page, replicas in memory", "%s / three up" % phase, median(took["hub, " + phase]) / up, 2)
+
+
+ITEMS = {"changed": changed, "reconcile": reconcile, "insert": insert, "packing": packing, "bulk": bulk, "reads": reads, "hub": hub}

@@ -66,13 +66,38 @@ class Bench:
         self.socket, self.log = self.dir + "/agent.sock", self.dir + "/agent.log"
         self.children, self.remote, self.address = [], None, ""
         atexit.register(self.end)
+        self.store = "file:%s/store" % (self.memory if store == "memory" else self.dir) if store in (None, "memory") else store
         if remote:
-            self.remote = subprocess.Popen([BUILD + "/memsync-agent", "--listen", "127.0.0.1:0", "--store", store or "file:" + self.dir + "/store"],
-                                           stdout=subprocess.PIPE, text=True, env=clean_env(XDG_STATE_HOME=self.dir + "/remote-state"))
-            line = self.remote.stdout.readline()
-            if not line.startswith("listening wire "):
-                sys.exit("bench: the remote agent did not start: %r" % line)
-            self.address = line.split()[2]
+            self.start_remote("127.0.0.1:0")
+
+    def start_remote(self, listen):
+        self.remote = subprocess.Popen([BUILD + "/memsync-agent", "--listen", listen, "--store", self.store], stdout=subprocess.PIPE, text=True,
+                                       env=clean_env(XDG_STATE_HOME=self.dir + "/remote-state"))
+        line = self.remote.stdout.readline()
+        if not line.startswith("listening wire "):
+            sys.exit("bench: the remote agent did not start: %r" % line)
+        self.address = line.split()[2]
+
+    def replica(self, name, listen="127.0.0.1:0"):
+        """One more remote, for a hub: its process and address."""
+        p = subprocess.Popen([BUILD + "/memsync-agent", "--listen", listen, "--store", "file:%s/%s" % (self.memory, name)], stdout=subprocess.PIPE, text=True,
+                             env=clean_env(XDG_STATE_HOME="%s/%s-state" % (self.dir, name), MEMSYNC_LOG="off"))
+        atexit.register(p.kill)
+        return p, p.stdout.readline().split()[2]
+
+    def remember(self):
+        """What the remote has now is what it has again after forget()."""
+        self.remote.terminate()
+        self.remote.wait()
+        subprocess.run(["cp", "-a", "--sparse=always", self.store[5:], self.store[5:] + ".then"], check=True)
+        self.start_remote(self.address)
+
+    def forget(self):
+        self.remote.kill()
+        self.remote.wait()
+        shutil.rmtree(self.store[5:])
+        os.rename(self.store[5:] + ".then", self.store[5:])
+        self.start_remote(self.address)
 
     def shim_env(self, **more):
         return clean_env(**{**dict(LD_PRELOAD=SHIM, MEMSYNC_AGENT=self.socket, MEMSYNC_REMOTE=self.address, XDG_STATE_HOME=self.dir + "/state",
