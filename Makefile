@@ -25,7 +25,7 @@ SHIM_LIBS = $(shell pkg-config --libs libffi) -ldl -pthread
 
 WIRE := $(wildcard wire/*.c)
 SHIM := $(wildcard shim/*.c) wire/control.c wire/name.c
-AGENT := $(wildcard agent/base/*.c agent/track/*.c agent/sync/*.c agent/store/*.c agent/net/*.c agent/page/*.c) $(WIRE)
+AGENT := $(wildcard agent/base/*.c agent/track/*.c agent/sync/*.c agent/store/*.c agent/hub/*.c agent/net/*.c agent/page/*.c) $(WIRE)
 CLI := $(wildcard agent/cli/*.c)
 UNIT := $(wildcard tests/unit/*.c)
 FUZZ := frame step server reconcile

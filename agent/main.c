@@ -5,6 +5,7 @@
  * syncs. Then the loop has nothing left, and main returns 0. */
 #include "agent/base/identity.h"
 #include "agent/base/log.h"
+#include "agent/hub/hub.h"
 #include "agent/net/server.h"
 #include "agent/options.h"
 #include "agent/store/store.h"
@@ -113,9 +114,13 @@ static int start_server(const struct options *o)
 {
     char error[STORE_ERROR] = "", host[256] = "", wire[4200];
     struct id identity;
-    if (identity_load(o->state, &identity, error) < 0 || store_open(&agent.store, &agent.loop, o->store, error) < 0)
-        return fail(error);
     gethostname(host, sizeof host - 1);
+    if (identity_load(o->state, &identity, error) < 0)
+        return fail(error);
+    int rc = hub_is(o->store) ? hub_open(&agent.store, &agent.loop, o->store, &identity, host, error)
+                              : store_open(&agent.store, &agent.loop, o->store, error);
+    if (rc < 0)
+        return fail(error);
     agent.server = server_new(&agent.loop, agent.store, &identity, host);
     if (!agent.server)
         return fail("no memory");

@@ -2,6 +2,7 @@
 
 #include "agent/base/identity.h"
 #include "agent/base/version.h"
+#include "agent/hub/hub.h"
 #include "agent/net/addr.h"
 
 #include <getopt.h>
@@ -17,6 +18,7 @@ static const char help[] =
     "  --store URL          where replicas are kept:\n"
     "                         file:DIR   region NAME is the file DIR/NAME, crash-safe (journal under DIR/.memsync/)\n"
     "                         mem:       in memory only, gone with the agent\n"
+    "                         hub:ADDR,ADDR...  at other agents: each of them gets a copy of all\n"
     "  --socket PATH        serve this user's programs here (the preload library starts this one by itself)\n"
     "  --linger             leave when no program is connected and all they stored is acknowledged\n"
     "  --state DIR          identity and records; default $XDG_STATE_HOME/memsync or ~/.local/state/memsync\n"
@@ -54,13 +56,16 @@ static int fault(int status, const char *format, ...)
 
 static int store_check(const char *url)
 {
-    static const char *const unbuilt[] = {"dir:", "s3:", "redis:", "nbd:", "nbd+unix:", "hub:"};
+    static const char *const unbuilt[] = {"dir:", "s3:", "redis:", "nbd:", "nbd+unix:"};
+    char error[STORE_ERROR];
     if (!strcmp(url, "mem:") || (!strncmp(url, "file:", 5) && url[5]))
         return OPTIONS_GO;
+    if (hub_is(url))
+        return hub_check(url, error) ? fault(2, "--store %s", error) : OPTIONS_GO;
     for (size_t i = 0; i < sizeof unbuilt / sizeof *unbuilt; i++)
         if (!strncmp(url, unbuilt[i], strlen(unbuilt[i])))
-            return fault(3, "--store %s: not built; file:DIR and mem: are", url);
-    return fault(2, "--store %s is not a store: file:DIR or mem:", url);
+            return fault(3, "--store %s: not built; file:DIR, mem: and hub:ADDR,ADDR... are", url);
+    return fault(2, "--store %s is not a store: file:DIR, mem: or hub:ADDR,ADDR...", url);
 }
 
 static int listen_check(const struct options *o, const char *text)
@@ -84,8 +89,8 @@ static int options_check(struct options *o)
     if (o->listen_n && !o->store)
         return fault(2, "--listen needs --store: where are replicas to be kept?");
     int rc = o->store ? store_check(o->store) : OPTIONS_GO;
-    if (rc == OPTIONS_GO && o->store && !o->listen_n && !strcmp(o->store, "mem:"))
-        rc = fault(2, "--store mem: without --listen could be reached by nobody");
+    if (rc == OPTIONS_GO && o->store && !o->listen_n && strncmp(o->store, "file:", 5))
+        rc = fault(2, "--store mem: or hub: without --listen could be reached by nobody");
     if (rc == OPTIONS_GO && o->linger && !o->socket)
         rc = fault(2, "--linger is for an agent with --socket");
     for (unsigned i = 0; i < o->listen_n && rc == OPTIONS_GO; i++)

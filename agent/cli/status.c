@@ -47,8 +47,11 @@ static void print_region(json_t *region)
     if (epochs || n)
         snprintf(lag, sizeof lag, "%lld epochs, %s, %s", (long long)epochs, cli_bytes((uint64_t)n, bytes),
                  cli_seconds(json_number_value(json_object_get(region, "lag_seconds")), seconds));
-    printf("%-32s %-9s %7lld  %-24s %-7s %s\n", text_of(region, "name"), text_of(region, "state"),
-           (long long)number_of(region, "epoch"), lag, text_of(region, "tracker"), text_of(region, "remote"));
+    char hashes[32], blocks[32], memory[80];
+    snprintf(memory, sizeof memory, "%s + %s", cli_bytes((uint64_t)number_of(region, "hash_bytes"), hashes),
+             cli_bytes((uint64_t)number_of(region, "block_bytes"), blocks));
+    printf("%-32s %-9s %7lld  %-24s %-19s %-7s %s\n", text_of(region, "name"), text_of(region, "state"),
+           (long long)number_of(region, "epoch"), lag, memory, text_of(region, "tracker"), text_of(region, "remote"));
 }
 
 static void print_reason(json_t *region)
@@ -80,7 +83,8 @@ static void print_status(json_t *status)
     }
     if (!json_array_size(regions))
         return;
-    printf("\n%-32s %-9s %7s  %-24s %-7s %s\n", "REGION", "STATE", "EPOCH", "BEHIND", "TRACKER", "REMOTE");
+    printf("\n%-32s %-9s %7s  %-24s %-19s %-7s %s\n", "REGION", "STATE", "EPOCH", "BEHIND", "MEMORY", "TRACKER",
+           "REMOTE");
     json_array_foreach(regions, i, each) print_region(each);
     json_array_foreach(regions, i, each) print_reason(each);
 }

@@ -1,13 +1,13 @@
 /* Large epochs: pages to disk before the commit, and the windows of those who send them. Loop thread, but spill_work.
  *
  * Once a transaction's `memory` passes its limit it is large, and its frames go to disk as they come, in their order,
- * 1 to 4 MiB a job, one job at a time, and SPILLS of all transactions, so that there is always a thread for who commits
- * or reads: those of regions that it creates straight into their file, others into its spill
- * file. Writing to the disk is begun with each job, so that little is left to wait for at the commit. Windows are
- * opened (`spilled`) at once while the transaction is small, and beyond that only as memory is freed. At the commit the
- * rest goes the same way, and so does all of one with moved pages, however small (copy.c): nothing of a large epoch
- * passes through the journal but its head. If the process dies before that record is whole, the next start removes the
- * files, which nothing names. */
+ * 1 to 4 MiB a job, one job at a time, and SPILLS of all transactions, so that there is always a thread for who
+ * commits or reads: those of regions that it creates straight into their file, others into its spill file. Writing to
+ * the disk is begun with each job, so that little is left to wait for at the commit. Windows are opened (`spilled`) at
+ * once while the transaction is small, and beyond that only as memory is freed. At the commit the rest goes the same
+ * way, and so does all of one with moved pages, however small (copy.c): nothing of a large epoch passes through the
+ * journal but its head. If the process dies before that record is whole, the next start removes the files, which
+ * nothing names. */
 #include "agent/store/inside.h"
 
 #include "agent/base/job.h"

@@ -164,6 +164,7 @@ int capture_start(struct group *g, enum capture_kind kind)
     c->scan_only = kind == CAPTURE_SCAN;
     c->clock = kind == CAPTURE_CLOCK;
     g->capture = c;
+    bodies_trim(g->link->local);
     int rc = pass_start(c);
     if (rc) {
         log_error("capture: %s", strerror(-rc));
@@ -358,6 +359,7 @@ static bool begin_reading(struct capture *c)
             p->cut = UINT64_MAX; /* it never was smaller than it is there */
         p->announce = p->cut != UINT64_MAX || p->size != b->size || (b->created && !b->epoch) || b->moved;
         p->plain = b->plain;
+        b->captured_at = uv_now(c->group->link->local->loop);
         b->moved = false;
         b->min_size = UINT64_MAX;
         b->size = p->size;

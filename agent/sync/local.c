@@ -20,6 +20,7 @@
 #define GATHER_MS 2u
 #define LINGER_MS 3000u
 #define DRAIN_MS 10000u
+#define BLOCKS_MOST (256u << 20)
 
 static void accept_one(uv_poll_t *poll, int status, int events)
 {
@@ -261,6 +262,15 @@ static int listen_on(struct local *l, const char *path, char error[512])
     return rc;
 }
 
+/* A table of block hashes is a thirty-second of what it describes, and more than fits into memory is not changed between
+ * two sync points often. Beyond 256 MiB, which stand for 8 GiB of changed pages, whole pages are the better bargain. */
+static void limit_blocks(void)
+{
+    long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+    uint64_t share = pages > 0 && size > 0 ? (uint64_t)pages * (uint64_t)size / 32 : BLOCKS_MOST;
+    hashes_blocks_most = share < BLOCKS_MOST ? share : BLOCKS_MOST;
+}
+
 int local_start(struct local **out, uv_loop_t *loop, const char *socket_path, bool linger, const char *state_dir,
                 char error[512])
 {
@@ -269,6 +279,7 @@ int local_start(struct local **out, uv_loop_t *loop, const char *socket_path, bo
         return -ENOMEM;
     l->loop = loop;
     l->linger = linger;
+    limit_blocks();
     l->listen_fd = l->lock_fd = -1;
     l->socket_path = strdup(socket_path);
     gethostname(l->host, sizeof l->host - 1);

@@ -63,14 +63,14 @@ struct local {
 
 enum link_state { LINK_DOWN, LINK_DIALLING, LINK_UP };
 
-/* A remote. file: URLs are served by a server of our own over a socket pair. */
+/* A remote. file: and hub: URLs are served by a server of our own over a socket pair. */
 struct link {
     struct link *next;
     struct local *local;
     char *address;
     enum link_state state;
     struct conn *conn;
-    struct store *store; /* for file: */
+    struct store *store; /* for file: and hub: */
     struct server *server;
     uint64_t retry_at, down_since; /* uv_now */
     uint32_t backoff_ms;
@@ -132,6 +132,7 @@ struct body {
     uint64_t size, min_size; /* size: as last captured. min_size: lowest since */
     struct extents dirty;
     struct hashes published;
+    uint64_t captured_at; /* uv_now */
     struct pack_sense packing; /* the running capture's, as `published` is */
     int64_t stat_mtime, stat_ctime, stat_seen; /* ns; of the last look at a file found by hashing */
     struct watch *watch; /* once a use was found by events; NULL before, and where there can be none */
@@ -304,6 +305,7 @@ void region_reason(struct region *r, const char *format, ...) __attribute__((for
 void region_attached(struct region *r, const struct frame_attached *a);
 bool region_takes_part(const struct region *r); /* neither refused nor fenced */
 const char *region_state(const struct region *r);
+void bodies_trim(struct local *l); /* keeps block hashes within bounds: of those at rest the oldest are let go */
 
 /* link.c */
 void link_tick(struct link *k, uint64_t now);

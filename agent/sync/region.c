@@ -329,3 +329,28 @@ const char *region_state(const struct region *r)
         return "dirty";
     return "synced";
 }
+
+/* The body whose blocks are the longest unused, and nobody's now. */
+static struct body *at_rest(struct local *l)
+{
+    struct body *oldest = NULL;
+    for (struct link *k = l->links; k; k = k->next)
+        for (struct region *r = k->regions; r; r = r->next) {
+            struct body *b = r->body;
+            if (!b || !r->group || r->group->capture || reconcile_has(k, b) || !hashes_blocks_bytes(&b->published))
+                continue;
+            if (!oldest || b->captured_at < oldest->captured_at)
+                oldest = b;
+        }
+    return oldest;
+}
+
+void bodies_trim(struct local *l)
+{
+    while (hashes_blocks_all() > hashes_blocks_most - hashes_blocks_most / 8) {
+        struct body *b = at_rest(l);
+        if (!b)
+            return; /* those at work see to their own */
+        hashes_forget_all_blocks(&b->published);
+    }
+}

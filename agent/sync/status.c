@@ -52,6 +52,12 @@ static void lag(FILE *f, const struct local *l, const struct region *r)
             (unsigned long long)bytes, since ? (double)(uv_now(l->loop) - since) / 1000 : 0.0);
 }
 
+/* At most: pages that never held data have none. Of a page, and its share of the nodes above. */
+static uint64_t hash_bytes(uint64_t size)
+{
+    return (size / PAGE + (size % PAGE != 0)) * (HASH_BYTES + 1);
+}
+
 static void region(FILE *f, const struct local *l, const struct region *r)
 {
     char lineage[ID_TEXT];
@@ -77,6 +83,8 @@ static void region(FILE *f, const struct local *l, const struct region *r)
                 "program opens the file again, or `memsync sync`"
               : r->group->reason);
     lag(f, l, r);
+    fprintf(f, "\"hash_bytes\":%llu,\"block_bytes\":%llu,", (unsigned long long)hash_bytes(b->size),
+            (unsigned long long)hashes_blocks_bytes(&b->published));
     fprintf(f, "\"epoch\":%llu,\"remote_epoch\":%llu,\"size\":%llu,\"programs\":%u,\"since\":%lld}",
             (unsigned long long)b->epoch, (unsigned long long)b->durable, (unsigned long long)b->size, programs,
             (long long)since);
@@ -91,7 +99,8 @@ char *status_json(struct local *l)
     if (!f)
         return NULL;
     id_text(&l->identity, id);
-    fprintf(f, "{\"version\":\"%s\",\"pid\":%d,\"identity\":\"%s\",\"regions\":[", MEMSYNC_VERSION, (int)getpid(), id);
+    fprintf(f, "{\"version\":\"%s\",\"pid\":%d,\"identity\":\"%s\",\"block_bytes_most\":%llu,\"regions\":[",
+            MEMSYNC_VERSION, (int)getpid(), id, (unsigned long long)hashes_blocks_most);
     for (const struct link *k = l->links; k; k = k->next)
         for (const struct region *r = k->regions; r; r = r->next)
             if (r->body && r->group) {

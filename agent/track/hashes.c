@@ -3,6 +3,7 @@
 #include "agent/track/extents.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -81,6 +82,32 @@ static int inner_room(struct hashes *h, uint64_t pages, unsigned top)
     return 0;
 }
 
+static void blocks_free(struct hashes *h)
+{
+    hashes_forget_all_blocks(h);
+    if (h->blocks)
+        munmap(h->blocks, h->pages * sizeof *h->blocks);
+    free(h->blocks_used);
+    h->blocks = NULL;
+    h->blocks_used = NULL;
+}
+
+/* Without memory there are none from now on. */
+static void blocks_room(struct hashes *h, uint64_t pages)
+{
+    size_t had = h->pages / BLOCKS_STEP / 8, want = pages / BLOCKS_STEP / 8;
+    uint8_t *used = realloc(h->blocks_used, want);
+    if (used) {
+        memset(used + had, 0, want - had);
+        h->blocks_used = used;
+    }
+    void *blocks = used ? table(h->blocks, h->pages * sizeof *h->blocks, pages * sizeof *h->blocks) : NULL;
+    if (blocks)
+        h->blocks = blocks;
+    else
+        blocks_free(h);
+}
+
 int hashes_room(struct hashes *h, uint64_t pages)
 {
     if (pages <= h->pages)
@@ -97,12 +124,8 @@ int hashes_room(struct hashes *h, uint64_t pages)
     if (!at)
         return -ENOMEM;
     h->at = at;
-    if (h->blocks || (!h->pages && !h->bare)) {
-        void *blocks = table(h->blocks, h->pages * sizeof *h->blocks, want * sizeof *h->blocks);
-        if (!blocks && h->blocks)
-            munmap(h->blocks, h->pages * sizeof *h->blocks);
-        h->blocks = blocks;
-    }
+    if (h->blocks || (!h->pages && !h->bare))
+        blocks_room(h, want);
     h->pages = want;
     h->top = top;
     return 0;
@@ -112,8 +135,7 @@ void hashes_free(struct hashes *h)
 {
     if (h->at)
         munmap(h->at, h->pages * sizeof *h->at);
-    if (h->blocks)
-        munmap(h->blocks, h->pages * sizeof *h->blocks);
+    blocks_free(h);
     for (unsigned n = 1; n <= HASH_LEVELS; n++)
         if (h->inner[n])
             munmap(h->inner[n], h->inner_room[n] * sizeof **h->inner);
@@ -314,9 +336,45 @@ int hashes_read(struct hashes *h, int fd, uint64_t from, uint64_t to, uint8_t *s
 
 /* ---- blocks ---- */
 
+uint64_t hashes_blocks_most = 256u << 20;
+static uint64_t all_bytes;
+
+uint64_t hashes_blocks_all(void)
+{
+    return __atomic_load_n(&all_bytes, __ATOMIC_RELAXED);
+}
+
+uint64_t hashes_blocks_bytes(const struct hashes *h)
+{
+    return __atomic_load_n(&h->blocks_bytes, __ATOMIC_RELAXED);
+}
+
+static bool is_used(const struct hashes *h, uint64_t page)
+{
+    return h->blocks && page < h->pages && h->blocks_used[page / BLOCKS_STEP / 8] >> page / BLOCKS_STEP % 8 & 1;
+}
+
+/* Whether there is memory for the page's, and it is counted. Several threads may pass the limit by a step each. */
+static bool claim(struct hashes *h, uint64_t page)
+{
+    const uint64_t step = BLOCKS_STEP * sizeof *h->blocks;
+    if (is_used(h, page))
+        return true;
+    if (!h->blocks || page >= h->pages)
+        return false;
+    if (hashes_blocks_all() + step > hashes_blocks_most)
+        hashes_forget_all_blocks(h);
+    if (hashes_blocks_all() + step > hashes_blocks_most)
+        return false;
+    h->blocks_used[page / BLOCKS_STEP / 8] |= (uint8_t)(1u << page / BLOCKS_STEP % 8);
+    __atomic_fetch_add(&h->blocks_bytes, step, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&all_bytes, step, __ATOMIC_RELAXED);
+    return true;
+}
+
 uint32_t hashes_blocks(struct hashes *h, uint64_t page, const uint8_t *data)
 {
-    if (!h->blocks || page >= h->pages)
+    if (!claim(h, page))
         return 0;
     uint32_t *of = h->blocks[page].of, known = 0, mask = 0;
     /* The table's first touch is a write: reading first would map the page of zeros, to be taken back at once. */
@@ -332,13 +390,17 @@ uint32_t hashes_blocks(struct hashes *h, uint64_t page, const uint8_t *data)
 
 void hashes_forget_blocks(struct hashes *h, uint64_t page)
 {
-    static const struct block_hashes none;
-    if (h->blocks && page < h->pages && memcmp(&h->blocks[page], &none, sizeof none)) /* else it stays untouched */
-        h->blocks[page] = none;
+    if (is_used(h, page))
+        h->blocks[page] = (struct block_hashes){{0}};
 }
 
 void hashes_forget_all_blocks(struct hashes *h)
 {
-    if (h->blocks && madvise(h->blocks, h->pages * sizeof *h->blocks, MADV_DONTNEED))
+    if (!h->blocks_bytes)
+        return;
+    if (madvise(h->blocks, h->pages * sizeof *h->blocks, MADV_DONTNEED))
         memset(h->blocks, 0, h->pages * sizeof *h->blocks);
+    memset(h->blocks_used, 0, h->pages / BLOCKS_STEP / 8);
+    __atomic_fetch_sub(&all_bytes, h->blocks_bytes, __ATOMIC_RELAXED);
+    __atomic_store_n(&h->blocks_bytes, 0, __ATOMIC_RELAXED);
 }

@@ -39,6 +39,8 @@ struct hashes {
     struct page_hash *at;
     uint64_t pages;                           /* room; pages beyond are zeros */
     struct block_hashes *blocks;              /* of as many pages; NULL: none kept */
+    uint8_t *blocks_used;                     /* a bit for each BLOCKS_STEP of them that is memory */
+    uint64_t blocks_bytes;                    /* of memory; read by other threads, atomically */
     bool bare;                                /* set before the first room: keeps no blocks */
     unsigned top;                             /* level of the one node over all the room; 0: no room yet */
     struct page_hash *inner[HASH_LEVELS + 1]; /* by level, from 1 */
@@ -79,10 +81,17 @@ uint64_t hashes_next_unknown(const struct hashes *h, uint64_t page);
 #define HASH_SCRATCH (256u << 10) /* what was just read is hashed out of the second-level cache */
 int hashes_read(struct hashes *h, int fd, uint64_t from, uint64_t to, uint8_t *scratch);
 
+/* Blocks of pages that were sent: a table of 128 bytes a page, a thirty-second of the region at most, which becomes memory
+ * by 4 KiB as pages are sent. All tables together are held to hashes_blocks_most: one that would go beyond is let go and
+ * starts anew; where that does not make room, nothing is kept. Pages without known blocks go whole. */
+#define BLOCKS_STEP (4096u / sizeof(struct block_hashes))
 /* Takes the page's blocks as published. Returns the mask of those that differ from before; 0 when nothing was known of
  * them. */
 uint32_t hashes_blocks(struct hashes *h, uint64_t page, const uint8_t *data);
 void hashes_forget_blocks(struct hashes *h, uint64_t page);
 void hashes_forget_all_blocks(struct hashes *h);
+uint64_t hashes_blocks_bytes(const struct hashes *h); /* any thread */
+extern uint64_t hashes_blocks_most;                   /* bytes; set before the first use */
+uint64_t hashes_blocks_all(void);                     /* bytes of all tables; any thread */
 
 #endif

@@ -94,6 +94,12 @@ status)
     json "len(J['regions']) == 1 and len(J['programs']) == 1"
     json "J['regions'][0]['name'] == '$region' and J['regions'][0]['path'] == '$W/data' and J['regions'][0]['size'] == $size"
     json "J['regions'][0]['state'] == 'synced' and J['regions'][0]['epoch'] >= 1 and J['regions'][0]['epoch'] == J['regions'][0]['remote_epoch']"
+    # 17 bytes a page; the blocks of the first 25 pages, and whatever else was stored to
+    json "J['regions'][0]['hash_bytes'] == $size // 4096 * 17 and 4096 <= J['regions'][0]['block_bytes'] <= $size // 32"
+    json "J['block_bytes_most'] >= 1 << 20"
+    gives 0 status
+    shows MEMORY
+    gives 0 status --json
     json "J['remotes'][0]['address'] == '$REMOTE' and J['remotes'][0]['state'] == 'up' and J['remotes'][0]['bytes_out'] > 100000"
     stepper_end
     ;;

@@ -4,7 +4,7 @@
 # timeout: 120
 . "$(dirname "$0")/../lib.sh"
 
-cases=(text/map text/write random/map random/write small import moved/map/file moved/map/memory moved/write/file moved/write/memory moved/write/here)
+cases=(text/map text/write random/map random/write small import moved/map/file moved/map/memory moved/write/file moved/write/memory moved/write/here damaged/touch damaged/insert)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 requires lz4
 size=$((8 << 20))
@@ -71,11 +71,12 @@ moved/*) # random, so that packing cannot be what saves
     memory) start_remote mem: ;;
     here) REMOTE=file:$T/other ;;
     esac
-    wire random "$how" insert insert remove swap twice touch insert
+    wire random "$how" insert insert remove swap twice touch echo insert
     for step in insert remove swap twice; do
         at_most "$(went $step)" $((size / 20)) "$step"
     done
     at_most "$(went touch)" 600 "64 bytes after moves"
+    at_most "$(went echo)" 6000 "a page that became another's new content" # which nothing has to move from yet
     stop_local
     case $store in
     file)
@@ -90,6 +91,14 @@ moved/*) # random, so that packing cannot be what saves
     here) same "$W/data" "$T/other/${W#/}/data" ;;
     esac
     quiet "$T/program.err"
+    ;;
+damaged/*) # the remote finds that a page does not come out: whole pages go, and later ones rest on them again
+    step=${1#*/}
+    start_remote
+    REPLICA=$(replica "$W/data") wire text map touch verify damage=1 "$step" touch "$step"
+    at_most "$(went touch)" 600 "64 bytes after a damaged page"
+    [ "$step" = touch ] || at_most "$(went insert)" $((size / 20)) "a moved page after a damaged one"
+    end_all
     ;;
 import)
     start_remote

@@ -338,6 +338,56 @@ static void everything_passes_over_holes(void **state)
     close(fd);
 }
 
+/* Whether anything was known of the page. */
+static bool blocks_known(struct hashes *h, uint64_t page, uint8_t fill)
+{
+    uint8_t data[PAGE];
+    memset(data, fill, sizeof data);
+    return hashes_blocks(h, page, data);
+}
+
+static void blocks_keep_to_their_bound(void **state)
+{
+    (void)state;
+    struct hashes a = {0}, b = {0};
+    const uint64_t before = hashes_blocks_most, step = 4096;
+    assert_int_equal(hashes_blocks_all(), 0);
+    hashes_blocks_most = 4 * step;
+    assert_int_equal(hashes_room(&a, 1000), 0);
+    assert_int_equal(hashes_room(&b, 1000), 0);
+    for (uint64_t page = 0; page < 3 * BLOCKS_STEP; page++)
+        assert_false(blocks_known(&a, page, 1));
+    assert_int_equal(hashes_blocks_bytes(&a), 3 * step);
+    assert_true(blocks_known(&a, 0, 2));
+    assert_true(blocks_known(&a, 3 * BLOCKS_STEP - 1, 2));
+    hashes_forget_blocks(&a, 500); /* of which nothing was known: costs nothing */
+    assert_int_equal(hashes_blocks_bytes(&a), 3 * step);
+    assert_int_equal(hashes_room(&a, 5000), 0);
+    assert_true(blocks_known(&a, 1, 2));
+
+    assert_false(blocks_known(&b, 0, 1)); /* the last that there is room for */
+    assert_true(blocks_known(&b, 0, 2));
+    assert_false(blocks_known(&b, 400, 1)); /* its own are let go for it */
+    assert_int_equal(hashes_blocks_bytes(&b), step);
+    assert_true(blocks_known(&b, 400, 2));
+    assert_false(blocks_known(&b, 0, 3));
+    assert_int_equal(hashes_blocks_all(), 4 * step);
+    hashes_forget_all_blocks(&b);
+    assert_int_equal(hashes_blocks_bytes(&b), 0);
+    assert_false(blocks_known(&a, 999, 1));
+    assert_false(blocks_known(&b, 7, 1)); /* all is the other's: nothing is kept */
+    assert_false(blocks_known(&b, 7, 2));
+    assert_int_equal(hashes_blocks_all(), 4 * step);
+
+    assert_false(blocks_known(&a, 4000, 1)); /* anew */
+    assert_int_equal(hashes_blocks_bytes(&a), step);
+    assert_false(blocks_known(&a, 0, 3));
+    hashes_free(&a);
+    hashes_free(&b);
+    assert_int_equal(hashes_blocks_all(), 0);
+    hashes_blocks_most = before;
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -352,6 +402,7 @@ int main(void)
         cmocka_unit_test(a_dead_program_is_told),
         cmocka_unit_test(a_lost_registration_is_told),
         cmocka_unit_test(everything_passes_over_holes),
+        cmocka_unit_test(blocks_keep_to_their_bound),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

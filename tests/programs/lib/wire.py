@@ -1,6 +1,6 @@
 """wire.py MEMSYNC FILE KIND HOW STEP...: makes FILE of SIZE bytes of text or of random ones (KIND), by stores into a mapping or by write (HOW), and takes the
 steps; each ends with a sync point, after which it says how many bytes have gone to the remote for it."""
-import itertools, json, mmap, os, random, subprocess, sys
+import itertools, json, mmap, os, random, subprocess, sys, time
 
 SIZE, PAGE = 8 << 20, 4096
 memsync, path, kind, how, *steps = sys.argv[1:]
@@ -19,11 +19,14 @@ def make(length):
     return (text(length) if kind == "text" else dice.randbytes(length))[:length]
 
 
-def status():
-    # The tool is none of the programs that are replicated.
+def tool(*arguments):
+    # It is none of the programs that are replicated.
     env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    done = subprocess.run([memsync, "status", "--json"], env=env, stdout=subprocess.PIPE)
-    return json.loads(done.stdout)
+    return subprocess.run([memsync, *arguments], env=env, stdout=subprocess.PIPE, check=True).stdout
+
+
+def status():
+    return json.loads(tool("status", "--json"))
 
 
 def sent():
@@ -50,7 +53,23 @@ def get():
 
 
 before = 0
+def damage(page):
+    """The replica's page is no longer what was sent; after all of it had come."""
+    replica = os.environ["REPLICA"]
+    while open(replica, "rb").read() != get():
+        time.sleep(0.01)
+    with open(replica, "r+b") as file:
+        file.seek(page * PAGE + 777)
+        file.write(b"damaged")
+
+
 for step in ["make"] + steps:
+    if step.startswith("damage="):
+        damage(int(step[7:]))
+        continue
+    if step == "verify":  # after which the remote has all hashes
+        tool("verify", path[1:])
+        continue
     old = get()
     if step == "make":
         new = make(SIZE)
@@ -64,6 +83,9 @@ for step in ["make"] + steps:
         new = old[: SIZE // 2] + old[: SIZE // 4] * 2
     elif step == "touch":  # 64 bytes of one page
         new = old[:PAGE] + make(64) + old[PAGE + 64 :]
+    elif step == "echo":  # a page changes by 64 bytes, and a later one becomes what it is now
+        new = old[:PAGE] + make(64) + old[PAGE + 64 :]
+        new = new[: 9 * PAGE] + new[PAGE : 2 * PAGE] + new[10 * PAGE :]
     elif step == "bytes":  # moved by no whole page
         new = make(100) + old[:-100]
     else:
