@@ -53,9 +53,9 @@ else
     "$BUILD/bench/far" "$other" "$(awk -v ms="$line" 'BEGIN { print ms / 2 }')" <"$T/ends" >"$T/far" 2>"$T/far.err" &
     mine+=("$!")
     exec 9>"$T/ends"
-    soon grep -q ready "$T/far"
+    soon grep -qs ready "$T/far"
 fi
 there "$BUILD/memsync-agent" --listen 10.77.0.2:0 --store mem: --insecure >"$T/agent" 2>"$T/agent.err" &
 mine+=("$!")
-soon grep -q listening "$T/agent"
+soon grep -qs listening "$T/agent"
 "$BUILD/bench/beside" "$(awk '/listening wire/ { print $3 }' "$T/agent")" "$seconds" $one

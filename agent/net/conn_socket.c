@@ -15,11 +15,11 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#define NOTSENT (64 << 10) /* bytes that the kernel of a TCP socket takes beyond what it can send */
-#define NOTSENT_BULK (512 << 10)
-#define RANK_BULK 2 /* socket(7), SO_PRIORITY, tc-prio(8): in the queue of our own network card */
+#define NOTSENT (64 << 10)       /* bytes that the kernel of a TCP socket takes beyond what it can send */
+#define NOTSENT_BULK (128 << 10) /* 512 KiB, or no limit, brings no more at 0 and at 40 ms */
+#define RANK_BULK 2              /* socket(7), SO_PRIORITY, tc-prio(8): in the queue of our own network card */
 #define RANK_URGENT 6
-#define AHEAD_BULK (256u << 10)
+#define AHEAD_BULK (128u << 10)
 #define IN_CAP (512u << 10)
 #define IN_ROOM (128u << 10) /* less than this at the buffer's end: what is left of it moves to the front */
 #define IN_TURN (256u << 10)
