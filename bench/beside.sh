@@ -55,7 +55,7 @@ else
     exec 9>"$T/ends"
     soon grep -qs ready "$T/far"
 fi
-there "$BUILD/memsync-agent" --listen 10.77.0.2:0 --store mem: --insecure >"$T/agent" 2>"$T/agent.err" &
+nsenter -t "$other" -n "$BUILD/memsync-agent" --listen 10.77.0.2:0 --store mem: --insecure >"$T/agent" 2>"$T/agent.err" &
 mine+=("$!")
 soon grep -qs listening "$T/agent"
 "$BUILD/bench/beside" "$(awk '/listening wire/ { print $3 }' "$T/agent")" "$seconds" $one

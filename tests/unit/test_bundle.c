@@ -244,6 +244,17 @@ static void close_tells_why(void **state)
     }
 }
 
+/* Of those of which something came. */
+static unsigned open_streams(const struct side *b)
+{
+    unsigned n = 0;
+    for (uint32_t s = 2; s < STREAMS; s++) {
+        assert_true(b->closed[s] <= (b->next[s] > 0));
+        n += b->next[s] && !b->closed[s];
+    }
+    return n;
+}
+
 /* CLOSE goes over the first socket, and yet never before frames of its stream on another. */
 static void close_waits_for_bulk(void **state)
 {
@@ -261,9 +272,8 @@ static void close_waits_for_bulk(void **state)
         conn_send(a->e.conn, s, FRAME_PAGES, numbered(99, 61440)); /* dropped */
     }
     conn_send(a->e.conn, 1, FRAME_BEGIN, numbered(0, 8));
-    UNTIL(b->closed[399] && b->next[1]);
-    for (uint32_t s = 2; s < 400; s++)
-        assert_int_equal(b->closed[s], 1);
+    UNTIL(b->next[1] && !open_streams(b));
+    assert_true(b->e.frames > 400);
     assert_false(a->e.closed || b->e.closed);
     end_both(a, b);
 }
@@ -850,6 +860,9 @@ int main(void)
         cmocka_unit_test(sends_so_far_ahead_only),
     };
     int rc = cmocka_run_group_tests(tests, NULL, NULL);
+    unlink(pipe_addr + 5);
+    if (rc)
+        return rc; /* what a failed test has left open would go on */
     uv_close((uv_handle_t *)&tcp_listener, NULL);
     uv_close((uv_handle_t *)&pipe_listener, NULL);
     uv_run(&loop, UV_RUN_DEFAULT);
