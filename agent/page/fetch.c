@@ -8,6 +8,14 @@
 
 #define PIN_RETRY_MS 1000u
 
+/* The bulk's first use opens sockets of its own for it. */
+static void streams_ready(struct pager *g)
+{
+    conn_set_priority(g->link->conn, g->streams[0], CONN_URGENT);
+    for (size_t i = 1; i < 1 + BULK_STREAMS; i++)
+        conn_set_priority(g->link->conn, g->streams[i], CONN_BULK);
+}
+
 struct pager *pager_of(struct link *k)
 {
     if (k->pager)
@@ -20,7 +28,7 @@ struct pager *pager_of(struct link *k)
         g->streams[i] = ++k->next_stream;
     k->pager = g;
     if (k->state == LINK_UP)
-        conn_set_priority(k->conn, g->streams[0], CONN_URGENT);
+        streams_ready(g);
     return g;
 }
 
@@ -500,7 +508,7 @@ void page_link_up(struct link *k)
     struct pager *g = k->pager;
     if (!g)
         return;
-    conn_set_priority(k->conn, g->streams[0], CONN_URGENT);
+    streams_ready(g);
     g->ahead = BULK_AHEAD_MIN;
     g->fastest = UINT64_MAX;
     g->usual = 0;

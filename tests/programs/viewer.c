@@ -8,6 +8,8 @@
  *   check M FILE OFFSET forward|backward|random:SEED|threads:N   every page of the mapping against FILE from OFFSET on
  *   fetch V OFFSET LENGTH FILE                    by FETCH and pread
  *   peek M OFFSET      a byte, or SIGBUS          punch V OFFSET LENGTH      advise V ADVICE OFFSET LENGTH    data V (bytes that are data)
+ *   time M             touches every page, one after the other: microseconds
+ *   lat M COUNT SEED   touches pages at random, a thread: microseconds at 50, 99 and 100 of a hundred
  *   fork M FILE        a child without a registration must not read zeros (MADV_DONTFORK: SIGSEGV)
  *
  * Each is answered by a line: its result (0, a negative errno), then more. */
@@ -382,6 +384,42 @@ static int do_fork(unsigned m)
     return WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV ? 0 : -EINVAL;
 }
 
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static uint64_t do_time(unsigned m)
+{
+    uint64_t start = now_ns();
+    for (size_t at = 0; at < maps[m].len; at += PAGE)
+        (void)*(volatile uint8_t *)(maps[m].at + at);
+    return (now_ns() - start) / 1000;
+}
+
+static int by_size(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+static void do_lat(unsigned m, size_t count, uint64_t seed)
+{
+    uint64_t *took = calloc(count, sizeof *took), x = seed * 2 + 1, pages = maps[m].len / PAGE;
+    for (size_t i = 0; i < count; i++) {
+        x = x * 6364136223846793005u + 1442695040888963407u;
+        uint64_t start = now_ns();
+        (void)*(volatile uint8_t *)(maps[m].at + (x >> 33) % pages * PAGE);
+        took[i] = now_ns() - start;
+    }
+    qsort(took, count, sizeof *took, by_size);
+    printf("0 %.1f %.1f %.1f\n", (double)took[count / 2] / 1000, (double)took[count * 99 / 100] / 1000,
+           (double)took[count - 1] / 1000);
+    free(took);
+}
+
 static uint64_t data_of(unsigned v)
 {
     uint64_t sum = 0;
@@ -441,6 +479,10 @@ static void command(char *line)
         struct control_advise v = {a, (uint8_t)b, x, y};
         send_with(control_advise_put(message, sizeof message, &v), NULL, 0);
         printf("0\n");
+    } else if (sscanf(line, "time %u", &a) == 1) {
+        printf("0 %llu\n", (unsigned long long)do_time(a));
+    } else if (sscanf(line, "lat %u %llu %llu", &a, &x, &y) == 3) {
+        do_lat(a, (size_t)x, y);
     } else if (sscanf(line, "fork %u", &a) == 1) {
         printf("%d\n", do_fork(a));
     } else if (sscanf(line, "data %u", &a) == 1) {
