@@ -1,5 +1,5 @@
 /* What server.c (listeners, start and stop), session.c (one peer: handles, frames), session_epoch.c (its epochs) and
- * session_read.c (its requests) share.
+ * session_read.c (its requests), session_data.c (READ), session_pin.c (pins that outlive a session) share.
  *
  * Whatever the store will call back about (an epoch handed in, a request) is in a list of its session. When the session
  * ends first, those left get session = NULL, and their callbacks only clean up. server_stop is done when no listener,
@@ -15,6 +15,7 @@
 #define SESSION_HANDLES 65536u
 #define SESSION_PINS 1024u /* a hub pins every region for its consistent cut */
 #define SESSION_REQUESTS 256u
+#define SESSION_PIECES 8u
 #define SESSION_PENDING 16384u
 #define SESSION_UNREAD (64u << 20)  /* bytes of answers a peer may leave unread */
 #define SESSION_EPOCH_NOTES 262144u /* OP and REGION frames in one epoch: they are not under the window */
@@ -90,6 +91,13 @@ struct request {
     struct id lineage;
     uint32_t head;
     uint64_t epoch;
+    /* READ: [offset, offset + len) of what is there, in `count` pieces, of which the first `started` were asked for and the first `gone` are through. */
+    TAILQ_ENTRY(request) turn; /* session.bulk, while waiting */
+    struct piece *pieces;
+    uint64_t offset;
+    uint32_t len, sent, zeros; /* sent: bytes; zeros: behind them, not said yet */
+    uint32_t count, started, gone, running;
+    bool bulk, waiting, failed;
 };
 TAILQ_HEAD(request_list, request);
 
@@ -118,8 +126,8 @@ struct session {
     unsigned pending_n;
     struct attaching_list attaching;
     unsigned attaching_n;
-    struct request_list requests;
-    unsigned requests_n;
+    struct request_list requests, bulk; /* bulk: READs of which pieces wait to be started */
+    unsigned requests_n, pieces;        /* pieces: of bulk, being read */
     struct pin *pins[SESSION_PINS];
     uint32_t last_pin;
 };
@@ -179,7 +187,16 @@ struct pinned *pinned_new(struct server *s, struct store_pin *pin, const struct 
 void pinned_drop(struct server *s, struct pinned *p, bool lost); /* lost: with its connection, not given back */
 void pinned_expire(struct server *s, bool all);
 
+/* session_data.c */
+void session_read_frame(struct session *s, uint32_t stream, const struct buf *payload);
+void session_read(struct session *s, uint32_t stream, struct pin *pin, const struct frame_read *f);
+void session_read_orphan(struct session *s);
+
 /* session_read.c */
+struct request *session_request_new(struct session *s, uint32_t stream, uint32_t number, struct pin *pin);
+void session_request_free(struct request *r);
+void session_refuse(struct session *s, uint32_t stream, uint32_t number, int err, const char *text);
+struct pin **session_pin_slot(struct session *s, uint32_t id); /* 0: a free one. NULL: none */
 void session_request_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *payload);
 void session_request_drop(struct session *s, uint32_t stream); /* it was closed: nobody to answer */
 void session_request_orphan(struct session *s);

@@ -343,6 +343,7 @@ int session_new(struct server *server, uv_stream_t *stream)
         TAILQ_INIT(&s->lanes[b]);
     TAILQ_INIT(&s->pending);
     TAILQ_INIT(&s->requests);
+    TAILQ_INIT(&s->bulk);
     TAILQ_INIT(&s->attaching);
     s->conn = conn_take(stream, &server->self, &ops, s);
     if (!s->conn) {

@@ -1,0 +1,182 @@
+/* READ. It is read piece by piece, as large as a DATA frame may be: small enough to be still in the processor's cache
+ * when it is sent, and when its memory is used again. The pieces of one READ go out in their order; zeros are put
+ * together until something else comes.
+ *
+ * Of what is bulk, at most SESSION_PIECES are being read at a time, over all of the session's READs, and the others
+ * wait in their order: the store's threads are never so busy with it that a demanded page has to queue. */
+#include "agent/net/server_private.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+struct piece {
+    struct request *request;
+    uint32_t len;
+    bool done;
+    struct buf *data;
+};
+
+static bool all_zero(const uint8_t *p, size_t len)
+{
+    return !p[0] && !memcmp(p, p + 1, len - 1);
+}
+
+/* data NULL: zeros. */
+static void data_send(struct request *r, const struct buf *data, uint32_t len)
+{
+    struct buf *b = buf_new(FRAME_DATA_HEAD + (data ? len : 0));
+    if (!b) {
+        session_end(r->session, -ENOMEM, "no memory for an answer");
+        return;
+    }
+    r->sent += len;
+    uint8_t kind = (uint8_t)((!data && len ? FRAME_DATA_ZEROS : 0) | (r->sent < r->len ? FRAME_DATA_MORE : 0));
+    frame_data_head(b->data, r->number, kind, len);
+    if (data)
+        memcpy(b->data + FRAME_DATA_HEAD, data->data, len);
+    b->len = FRAME_DATA_HEAD + (data ? len : 0);
+    conn_send(r->session->conn, r->stream, FRAME_DATA, b);
+}
+
+static void piece_send(struct request *r, const struct piece *p)
+{
+    bool zeros = all_zero(p->data->data, p->len);
+    if (zeros)
+        r->zeros += p->len;
+    if (r->zeros && (!zeros || r->sent + r->zeros == r->len)) {
+        data_send(r, NULL, r->zeros);
+        r->zeros = 0;
+    }
+    if (!zeros)
+        data_send(r, p->data, p->len);
+}
+
+/* What is there in front of the others. */
+static void pieces_send(struct request *r)
+{
+    for (struct piece *p; r->gone < r->started && (p = &r->pieces[r->gone])->done; r->gone++) {
+        if (r->session && r->stream && !r->failed)
+            piece_send(r, p);
+        buf_drop(p->data);
+    }
+}
+
+static void read_free(struct request *r)
+{
+    free(r->pieces);
+    session_request_free(r);
+}
+
+static void pieces_start(struct session *s);
+
+static void on_piece(void *arg, int err, struct buf *data)
+{
+    struct piece *p = arg;
+    struct request *r = p->request;
+    struct session *s = r->session;
+    p->data = data;
+    p->done = true;
+    r->running--;
+    if (!err && (!data || data->len != p->len))
+        err = -EIO;
+    if (err && !r->failed && s)
+        session_refuse(s, r->stream, r->number, err,
+                       err == -ENOBUFS ? "the pinned epoch could not be kept: too much was overwritten since" : NULL);
+    r->failed |= err != 0;
+    if (s && r->bulk)
+        s->pieces--;
+    pieces_send(r);
+    if (!r->running && !r->waiting && (r->started == r->count || r->failed || !s))
+        read_free(r);
+    if (s)
+        pieces_start(s);
+}
+
+static void piece_start(struct request *r)
+{
+    struct piece *p = &r->pieces[r->started];
+    uint32_t at = r->started++ * FRAME_DATA_MAX, left = r->len - at;
+    *p = (struct piece){.request = r, .len = left < FRAME_DATA_MAX ? left : FRAME_DATA_MAX};
+    r->running++;
+    store_pin_read(r->pin->of->pin, r->offset + at, p->len, on_piece, p);
+}
+
+static void pieces_start(struct session *s)
+{
+    struct request *r;
+    while (s->pieces < SESSION_PIECES && (r = TAILQ_FIRST(&s->bulk))) {
+        bool wanted = !r->failed && r->stream;
+        if (wanted) {
+            piece_start(r);
+            s->pieces++;
+        }
+        if (wanted && r->started < r->count)
+            continue;
+        TAILQ_REMOVE(&s->bulk, r, turn);
+        r->waiting = false;
+        r->count = r->started;
+        if (!r->running)
+            read_free(r);
+    }
+}
+
+void session_read(struct session *s, uint32_t stream, struct pin *pin, const struct frame_read *f)
+{
+    struct request *r = session_request_new(s, stream, f->request, pin);
+    if (!r)
+        return;
+    uint64_t size = pin->of->entry.size, left = f->offset < size ? size - f->offset : 0;
+    r->offset = f->offset;
+    r->len = left < f->len ? (uint32_t)left : f->len;
+    r->count = (r->len + FRAME_DATA_MAX - 1) / FRAME_DATA_MAX;
+    r->bulk = f->bulk == FRAME_READ_BULK;
+    if (!r->len) {
+        data_send(r, NULL, 0);
+        read_free(r);
+        return;
+    }
+    r->pieces = calloc(r->count, sizeof *r->pieces);
+    if (!r->pieces) {
+        session_refuse(s, stream, f->request, -ENOBUFS, "no memory for a READ");
+        read_free(r);
+    } else if (r->bulk) {
+        TAILQ_INSERT_TAIL(&s->bulk, r, turn);
+        r->waiting = true;
+        pieces_start(s);
+    } else {
+        while (r->started < r->count)
+            piece_start(r);
+    }
+}
+
+void session_read_orphan(struct session *s)
+{
+    struct request *r;
+    while ((r = TAILQ_FIRST(&s->bulk))) {
+        TAILQ_REMOVE(&s->bulk, r, turn);
+        r->waiting = false;
+        if (!r->running)
+            read_free(r);
+    }
+}
+
+void session_read_frame(struct session *s, uint32_t stream, const struct buf *payload)
+{
+    struct frame_read f;
+    if (frame_read_get(payload->data, payload->len, &f) < 0) {
+        session_violated(s, "a READ out of form");
+        return;
+    }
+    struct pin **p = f.pin ? session_pin_slot(s, f.pin) : NULL;
+    if (!p) {
+        session_refuse(s, stream, f.request, -ENOENT, "no such pin");
+        return;
+    }
+    if (!f.len || f.len > FRAME_READ_MAX || f.offset > INT64_MAX) {
+        session_refuse(s, stream, f.request, -EPROTO, "a READ of 0, of too many bytes, or from too far");
+        return;
+    }
+    if (f.bulk != FRAME_READ_PLAIN)
+        conn_set_priority(s->conn, stream, f.bulk == FRAME_READ_BULK ? CONN_BULK : CONN_URGENT);
+    session_read(s, stream, *p, &f);
+}
