@@ -35,6 +35,8 @@ struct server *server_new(uv_loop_t *loop, struct store *store, const struct id 
     TAILQ_INIT(&s->listeners);
     TAILQ_INIT(&s->sessions);
     TAILQ_INIT(&s->pinned);
+    uv_idle_init(loop, &s->reader);
+    s->reader.data = s;
     uv_timer_init(loop, &s->timer);
     s->timer.data = s;
     uv_timer_start(&s->timer, on_timer, SEEN_MS, SEEN_MS);
@@ -179,13 +181,19 @@ int server_listen(struct server *s, const char *addr, char *bound, size_t cap)
     return rc;
 }
 
-static void on_timer_closed(uv_handle_t *h)
+static void on_reader_closed(uv_handle_t *h)
 {
     struct server *s = h->data;
     void (*done)(void *) = s->done;
     void *arg = s->arg;
     free(s);
     done(arg);
+}
+
+static void on_timer_closed(uv_handle_t *h)
+{
+    struct server *s = h->data;
+    uv_close((uv_handle_t *)&s->reader, on_reader_closed);
 }
 
 void server_look(struct server *s)

@@ -155,6 +155,7 @@ struct server {
     struct pinned_list pinned; /* those kept, with pins or without */
     unsigned peers, work; /* sessions; requests under way in the store */
     uv_timer_t timer;
+    uv_idle_t reader; /* runs while pieces of bulk can be started */
     bool stopping, ended;
     void (*done)(void *arg);
     void *arg;
@@ -191,6 +192,8 @@ void pinned_expire(struct server *s, bool all);
 void session_read_frame(struct session *s, uint32_t stream, const struct buf *payload);
 void session_read(struct session *s, uint32_t stream, struct pin *pin, const struct frame_read *f);
 void session_read_orphan(struct session *s);
+void session_read_on(struct session *s); /* bulk may go on */
+void server_read_on(uv_idle_t *idle);
 
 /* session_read.c */
 struct request *session_request_new(struct session *s, uint32_t stream, uint32_t number, struct pin *pin);

@@ -277,8 +277,8 @@ static void on_frame(void *owner, uint32_t stream, uint8_t type, struct buf *p)
 
 static void on_drained(void *owner, uint32_t stream)
 {
-    (void)owner;
-    (void)stream; /* answers are bounded by what is asked */
+    (void)stream;
+    session_read_on(owner); /* other answers are bounded by what is asked */
 }
 
 static void session_free(struct session *s)

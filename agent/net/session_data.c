@@ -2,8 +2,10 @@
  * when it is sent, and when its memory is used again. The pieces of one READ go out in their order; zeros are put
  * together until something else comes.
  *
- * Of what is bulk, at most SESSION_PIECES are being read at a time, over all of the session's READs, and the others
- * wait in their order: the store's threads are never so busy with it that a demanded page has to queue. */
+ * What is bulk is started from the server's idle handle: in a turn of the loop at most as many pieces of a session as
+ * make SESSION_PIECES that are being read, and none for a stream that has CONN_LOW bytes waiting for the network (its
+ * `drained` goes on). So a demanded page never finds the loop or the store's threads busy with more than that, and what
+ * a slow peer has asked for is on the disk until it can go. */
 #include "agent/net/server_private.h"
 
 #include <errno.h>
@@ -67,8 +69,6 @@ static void read_free(struct request *r)
     session_request_free(r);
 }
 
-static void pieces_start(struct session *s);
-
 static void on_piece(void *arg, int err, struct buf *data)
 {
     struct piece *p = arg;
@@ -89,7 +89,7 @@ static void on_piece(void *arg, int err, struct buf *data)
     if (!r->running && !r->waiting && (r->started == r->count || r->failed || !s))
         read_free(r);
     if (s)
-        pieces_start(s);
+        session_read_on(s);
 }
 
 static void piece_start(struct request *r)
@@ -101,23 +101,54 @@ static void piece_start(struct request *r)
     store_pin_read(r->pin->of->pin, r->offset + at, p->len, on_piece, p);
 }
 
-static void pieces_start(struct session *s)
+static bool can_go(const struct session *s, const struct request *r)
 {
-    struct request *r;
-    while (s->pieces < SESSION_PIECES && (r = TAILQ_FIRST(&s->bulk))) {
+    return r->failed || !r->stream || conn_queued(s->conn, r->stream) < CONN_LOW;
+}
+
+/* True: there is more to start, and room for it. */
+static bool pieces_start(struct session *s)
+{
+    struct request *r = TAILQ_FIRST(&s->bulk), *next;
+    for (; r && s->pieces < SESSION_PIECES; r = next) {
+        next = TAILQ_NEXT(r, turn);
+        if (!can_go(s, r))
+            continue;
         bool wanted = !r->failed && r->stream;
         if (wanted) {
             piece_start(r);
             s->pieces++;
         }
-        if (wanted && r->started < r->count)
+        if (wanted && r->started < r->count) {
+            next = r;
             continue;
+        }
         TAILQ_REMOVE(&s->bulk, r, turn);
         r->waiting = false;
         r->count = r->started;
         if (!r->running)
             read_free(r);
     }
+    return r != NULL;
+}
+
+void server_read_on(uv_idle_t *idle)
+{
+    struct server *server = idle->data;
+    struct session *s, *next;
+    bool more = false;
+    for (s = TAILQ_FIRST(&server->sessions); s; s = next) {
+        next = TAILQ_NEXT(s, link);
+        more |= pieces_start(s) && s->pieces < SESSION_PIECES;
+    }
+    if (!more)
+        uv_idle_stop(idle);
+}
+
+void session_read_on(struct session *s)
+{
+    if (!TAILQ_EMPTY(&s->bulk))
+        uv_idle_start(&s->server->reader, server_read_on);
 }
 
 void session_read(struct session *s, uint32_t stream, struct pin *pin, const struct frame_read *f)
@@ -142,7 +173,7 @@ void session_read(struct session *s, uint32_t stream, struct pin *pin, const str
     } else if (r->bulk) {
         TAILQ_INSERT_TAIL(&s->bulk, r, turn);
         r->waiting = true;
-        pieces_start(s);
+        session_read_on(s);
     } else {
         while (r->started < r->count)
             piece_start(r);

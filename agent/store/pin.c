@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 #define COPY_STEP (256u << 10)
-#define AT_ONCE (16u << 10) /* as much the loop reads itself, when it is in memory: changes of thread cost more */
+#define AT_ONCE FRAME_DATA_MAX /* as much the loop reads itself, when it is in memory: changes of thread cost more */
 
 struct pin_read {
     struct store_pin *pin;
