@@ -90,6 +90,7 @@ static void hub_free(struct hub *h)
     void (*closed)(void *) = h->closed;
     void *arg = h->closed_arg;
     names_free(h);
+    lanes_free(h);
     EACH_REPLICA(r, h)
     {
         free(r->address);

@@ -305,6 +305,7 @@ void txn_answer(struct replica *r, uint32_t stream, uint8_t type, const struct b
 void txns_lost(struct replica *r); /* its legs are no more */
 void txns_drained(struct replica *r, uint32_t stream);
 void txns_tick(struct hub *h);
+void lanes_free(struct hub *h);
 void txns_step(struct hub *h);        /* ENDs that may go, windows, answers */
 void txns_queue(struct replica *r);   /* the cut: from now on they are kept for it */
 bool txns_whole(const struct hub *h); /* all that are open are kept as a whole */

@@ -1,10 +1,11 @@
 /* No replica is in: which one is right? At the start of a hub, and whenever it has lost all of them.
  *
  * All that can be reached within HUB_OPEN_MS say what they have (LIST). Of a name, the lineage that most of them have
- * is the right one; who has another is refused, and where they are even, all who have it are: a person decides. Of a
- * lineage, the highest epoch is the right one: a hub killed in the middle of an epoch leaves it on some replicas and
- * not on others, and groups of regions are independent, so any of them may be ahead in one and behind in another. What
- * others have more of is brought to one replica by rounds; then that one is in, and the rest catch up with it.
+ * is the right one, and where they are even the later one, if the same writer wrote both; who has another is refused.
+ * Even and of different writers: all who have it are refused, and a person decides. Of a lineage, the highest epoch is
+ * the right one: a hub killed in the middle of an epoch leaves it on some replicas and not on others, and groups of
+ * regions are independent, so any of them may be ahead in one and behind in another. What others have more of is
+ * brought to one replica by rounds; then that one is in, and the rest catch up with it.
  *
  * A hub that has acknowledged epochs before waits, longer than that, for a replica that has them. */
 #include "agent/hub/inside.h"
@@ -120,6 +121,10 @@ static bool conflicts(struct hub *h)
             if (!other || id_same(&other->lineage, &mine->lineage) || is_gone(h, mine) || is_gone(h, other))
                 continue;
             unsigned for_a = votes(h, mine), for_b = votes(h, other);
+            if (for_a == for_b && id_same(&mine->writer, &other->writer)) { /* one file took the other's place */
+                for_a += mine->committed_at >= other->committed_at;
+                for_b += mine->committed_at < other->committed_at;
+            }
             char name[NAME_CAP], one[ID_TEXT], two[ID_TEXT];
             snprintf(name, sizeof name, "%s", mine->name);
             id_text(&mine->lineage, one);

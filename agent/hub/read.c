@@ -26,6 +26,7 @@ struct query {
     void (*done)(void *arg, int err, const char *text);
     store_pin_done *pinned;
     void (*read)(void *arg, int err, struct buf *data);
+    struct buf *data; /* of it, as far as it has come */
     void *arg;
 };
 
@@ -183,28 +184,32 @@ static bool pin_lives(const struct hub_pin *pin)
     return pin->replica->greeted && pin->replica->life == pin->life;
 }
 
+/* READ and HASH: one answer, of one frame or several. */
 static void on_read(void *arg, struct replica *r, uint8_t type, const struct buf *p)
 {
     struct query *q = arg;
-    struct buf *data = NULL;
-    size_t head = type == FRAME_DATA ? 9 : 8;
+    struct frame_data d = {.kind = 0};
     (void)r;
-    if ((type != FRAME_DATA && type != FRAME_HASHES) || p->len < head) {
+    if (type == FRAME_HASHES && p->len >= 8)
+        d = (struct frame_data){.len = p->len - 8, .data = p->data + 8};
+    else if (type != FRAME_DATA || frame_data_get(p->data, p->len, &d) < 0)
         failed(q, type, p);
-    } else {
-        bool zeros = type == FRAME_DATA && p->data[4];
-        uint32_t len = zeros ? get_u32(p->data + 5) : p->len - (uint32_t)head;
-        data = len <= FRAME_PAYLOAD_MAX ? buf_new(len) : NULL;
-        if (!data)
-            q->err = -ENOMEM;
-        else if (zeros)
-            memset(data->data, 0, len);
+    if (!q->err && d.len > q->data->cap - q->data->len)
+        q->err = -EPROTO;
+    if (!q->err) {
+        if (d.data)
+            memcpy(q->data->data + q->data->len, d.data, d.len);
         else
-            memcpy(data->data, p->data + head, len);
-        if (data)
-            data->len = len;
+            memset(q->data->data + q->data->len, 0, d.len);
+        q->data->len += d.len;
     }
-    q->read(q->arg, q->err, data);
+    if (type == FRAME_DATA && p->len >= FRAME_DATA_HEAD && p->data[4] & FRAME_DATA_MORE)
+        return;
+    if (q->err) {
+        buf_drop(q->data);
+        q->data = NULL;
+    }
+    q->read(q->arg, q->err, q->data);
     query_free(q);
 }
 
@@ -212,14 +217,19 @@ static void lost_pin(uv_timer_t *t)
 {
     struct query *q = t->data;
     uv_close((uv_handle_t *)t, on_waited);
+    buf_drop(q->data);
     q->read(q->arg, -EIO, NULL);
     query_free(q);
 }
 
-static struct query *pin_query(struct hub_pin *pin, void (*done)(void *arg, int err, struct buf *data), void *arg)
+static struct query *pin_query(struct hub_pin *pin, size_t bytes, void (*done)(void *arg, int err, struct buf *data),
+                               void *arg)
 {
     struct query *q = query_new(pin->s, arg);
     q->read = done;
+    q->data = buf_new(bytes);
+    if (!q->data)
+        abort(); /* see ask_put */
     if (pin_lives(pin))
         return q;
     uv_timer_t *t = malloc(sizeof *t);
@@ -235,7 +245,7 @@ void hub_pin_read(struct store_pin *store_pin, uint64_t offset, uint32_t len,
                   void (*done)(void *arg, int err, struct buf *data), void *arg)
 {
     struct hub_pin *pin = pin_of(store_pin);
-    struct query *q = pin_query(pin, done, arg);
+    struct query *q = pin_query(pin, len, done, arg);
     uint8_t payload[20];
     if (!q)
         return;
@@ -249,7 +259,7 @@ void hub_pin_hash(struct store_pin *store_pin, unsigned level, uint64_t first, u
                   void (*done)(void *arg, int err, struct buf *data), void *arg)
 {
     struct hub_pin *pin = pin_of(store_pin);
-    struct query *q = pin_query(pin, done, arg);
+    struct query *q = pin_query(pin, (size_t)count * FRAME_HASH_BYTES, done, arg);
     struct frame_hash h = {.pin = pin->pin, .first = first, .count = count, .level = (uint8_t)level, .fresh = fresh};
     uint8_t payload[64];
     if (q)

@@ -180,7 +180,7 @@ static void on_open(void *owner, const struct frame_hello *peer)
 static void on_frame(void *owner, uint32_t stream, uint8_t type, struct buf *p)
 {
     struct replica *r = owner;
-    bool round = stream == STREAM_ROUND;
+    bool round = stream == STREAM_ROUND, more;
     switch (type) {
     case FRAME_ATTACHED:
         answered(r, true, p->len >= 4 ? get_u32(p->data) : 0, true, type, p);
@@ -188,7 +188,8 @@ static void on_frame(void *owner, uint32_t stream, uint8_t type, struct buf *p)
     case FRAME_DATA:
     case FRAME_HASHES:
         conn_credit(r->conn, stream, p->len);
-        answered(r, false, p->len >= 4 ? get_u32(p->data) : 0, true, type, p);
+        more = type == FRAME_DATA && p->len >= FRAME_DATA_HEAD && p->data[4] & FRAME_DATA_MORE;
+        answered(r, false, p->len >= 4 ? get_u32(p->data) : 0, !more, type, p);
         break;
     case FRAME_ENTRY:
     case FRAME_LIST_END:

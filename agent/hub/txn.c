@@ -77,6 +77,14 @@ static void lanes_tick(struct hub *h)
     }
 }
 
+void lanes_free(struct hub *h)
+{
+    for (struct lane *l; (l = TAILQ_FIRST(&h->lanes));) {
+        TAILQ_REMOVE(&h->lanes, l, link);
+        free(l);
+    }
+}
+
 /* Legs */
 
 static void send_begin(struct hub_txn *t, struct replica *r)

@@ -5,7 +5,7 @@
 # timeout: 300
 . "$(dirname "$0")/../lib.sh"
 
-cases=(killed stopped throttled joiner foreign unlinked hub_killed all_down fan_out held bad_urls)
+cases=(killed stopped throttled joiner large foreign ahead evened unlinked hub_killed all_down fan_out held bad_urls)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
 BOUND_MS=1250 # HUB_WAIT_MS and HUB_HOLD_MS
@@ -201,6 +201,98 @@ foreign() {
     end_program
     all_same a b c hub
 }
+
+# A file of one line, synced.
+write_file() { # NAME TEXT
+    shim -- /usr/bin/python3 -c '
+import os, sys
+f = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+os.pwrite(f, sys.argv[2].encode() * 3000, 0)
+os.fsync(f)' "$W/$1" "$2" 2>>"$T/program.err"
+    stop_local
+}
+restart_hub() { # REPLICA...
+    local one all=()
+    for one; do all+=("${address[$one]}"); done
+    start_agent hub "hub:$(IFS=,; say "${all[*]}")"
+}
+
+# A hub that starts without the newest replica goes on from what there is; that one is then ahead, and refused, and left as it is.
+ahead() {
+    start_replicas a b
+    start_hub "${address[a]}" "${address[b]}"
+    write_file x one
+    stop_agent hub
+    restart_hub b
+    write_file x two
+    stop_agent hub
+    kill_agent b
+    restart_hub a b
+    poll 20 same_lists a hub || fail "the hub does not go on with a"
+    start_agent b "$(store_of b)"
+    poll 20 hub_says "${address[b]} takes no part.*ahead" || fail "b was not refused: $(tail "$T/hub.err")"
+    MEMSYNC_REMOTE=${address[b]} "$BUILD/memsync" export "${W#/}/x" "$T/there" >/dev/null
+    same "$W/x" "$T/there"
+    MEMSYNC_REMOTE=${address[b]} "$BUILD/memsync" rm "${W#/}/x" >/dev/null
+    poll 30 is_in b || fail "b did not come in when the way was free: $(tail "$T/hub.err")"
+    same_lists a b hub || fail "a and b are not the same"
+}
+
+# Each of two replicas is ahead in one region: a hub that starts has the newest of both, on both.
+evened() {
+    start_replicas a b
+    start_hub "${address[a]}" "${address[b]}"
+    write_file x one
+    write_file y one
+    stop_agent hub
+    restart_hub a
+    write_file x two
+    stop_agent hub
+    restart_hub b
+    write_file y two
+    write_file z one
+    stop_agent hub
+    restart_hub a b
+    poll 20 same_lists a b hub || fail "not the same: $(for one in a b; do what_of "${address[$one]}"; done; tail -n 20 "$T/hub.err")"
+    stop_agent hub
+    for one in a b; do
+        stop_agent "$one"
+        same_tree "$T/store.$one$W"
+    done
+}
+
+# Far more than is ever kept: a replica that goes and comes back during it, and one that then lacks little of much.
+large() {
+    start_replicas a b c
+    start_hub "${address[a]}" "${address[b]}" "${address[c]}"
+    stepper_start "$W/big" $((200 << 20)) MEMSYNC_ON_LOSS=block
+    stepped s 0 $((200 << 20)) 7
+    step_begin m
+    poll 20 has_bytes || fail "nothing comes to the hub"
+    kill_agent b
+    start_agent b "$(store_of b)"
+    step_answer 100 || fail "the large sync point was not answered: $(tail "$T/hub.err")"
+    poll 60 is_in b || fail "b did not come in after the large epoch: $(tail "$T/hub.err")"
+    local bytes
+    kill_agent b
+    stepped r 26 1
+    stepped m
+    start_agent b "$(store_of b)"
+    poll 60 is_in b || fail "b did not come in: $(tail "$T/hub.err")"
+    bytes=$(sed -n "s/.*${address[b]}: brought up to date in .* ms, \([0-9]*\) bytes/\1/p" "$T/hub.err" | tail -n 1)
+    say "26 pages of 200 MiB: $bytes bytes"
+    [ "$bytes" -ge $((26 * 4096)) ] && [ "$bytes" -le 200000 ] || fail "that is not 26 pages"
+    kilobytes=$(sed -n 's/^VmHWM:[[:space:]]*\([0-9]*\).*/\1/p' "/proc/${pid[hub]}/status")
+    say "memory of the hub: $kilobytes KiB at most"
+    [ "$kilobytes" -le $((150 << 10)) ] || fail "the hub took $kilobytes KiB"
+    stepper_end
+    stop_local
+    same_lists a b c hub || fail "not the same"
+    for one in a b c; do
+        MEMSYNC_REMOTE=${address[$one]} "$BUILD/memsync" verify "${W#/}/big" --file "$W/big" >&2 || fail "$one differs"
+    done
+}
+has_bytes() { [ "$(du -sk "$T/store.a" | cut -f 1)" -gt $((50 << 10)) ]; } # the journal takes 32 MiB
 
 # What was removed and replaced while one was away is removed and replaced there, too.
 unlinked() {

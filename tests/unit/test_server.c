@@ -1,6 +1,8 @@
-/* The server over real stores, seen from the wire: every test runs against mem: and file:. Every wait is a loop run
+/* The server over real stores, seen from the wire: every test runs against mem:, file: and hub:, a hub with
+ * two replicas of mem: in this process. Every wait is a loop run
  * with a deadline. */
 #include "agent/base/log.h"
+#include "agent/hub/hub.h"
 #include "agent/net/conn.h"
 #include "agent/net/pack.h"
 #include "agent/net/server.h"
@@ -25,6 +27,7 @@
 
 #define CLIENTS 4
 #define GOT 70000
+#define REPLICAS 2
 
 struct got {
     uint32_t stream;
@@ -45,6 +48,11 @@ static struct world {
     uv_loop_t loop;
     struct store *store;
     struct server *server;
+    struct replica {
+        struct store *store;
+        struct server *server;
+        bool stopped, closed;
+    } replicas[REPLICAS]; /* of a hub: */
     char dir[64], addr[128];
     struct client *clients[CLIENTS];
     bool stopped, store_closed;
@@ -385,6 +393,34 @@ static void on_store_closed(void *arg)
     w.store_closed = true;
 }
 
+static void on_replica_stopped(void *arg)
+{
+    ((struct replica *)arg)->stopped = true;
+}
+
+static void on_replica_closed(void *arg)
+{
+    ((struct replica *)arg)->closed = true;
+}
+
+/* Two replicas, and the hub over them. */
+static int hub_up(const struct id *self, char error[STORE_ERROR])
+{
+    char url[512] = "hub:", addr[128], bound[128];
+    for (unsigned i = 0; i < REPLICAS; i++) {
+        struct replica *r = &w.replicas[i];
+        struct id id = lineage(0x70 + (int)i);
+        snprintf(addr, sizeof addr, "unix:%s/replica%u", w.dir, i);
+        snprintf(url + strlen(url), sizeof url - strlen(url), "%s%s", i ? "," : "", addr);
+        if (store_open(&r->store, &w.loop, "mem:", error) < 0)
+            return -1;
+        r->server = server_new(&w.loop, r->store, &id, "replica");
+        if (server_listen(r->server, addr, bound, sizeof bound) < 0)
+            return -1;
+    }
+    return hub_open(&w.store, &w.loop, url, self, "hub", error);
+}
+
 static int set_up(void **state)
 {
     const char *kind = *state;
@@ -395,7 +431,7 @@ static int set_up(void **state)
     if (uv_loop_init(&w.loop) || !mkdtemp(w.dir))
         return -1;
     snprintf(url, sizeof url, "%s%s", kind, strcmp(kind, "mem:") ? w.dir : "");
-    if (store_open(&w.store, &w.loop, url, error) < 0) {
+    if ((hub_is(url) ? hub_up(&self, error) : store_open(&w.store, &w.loop, url, error)) < 0) {
         print_error("%s\n", error);
         return -1;
     }
@@ -422,6 +458,13 @@ static int tear_down(void **state)
     UNTIL(w.stopped);
     store_close(w.store, on_store_closed, NULL);
     UNTIL(w.store_closed);
+    for (unsigned i = 0; i < REPLICAS && w.replicas[i].server; i++) {
+        struct replica *r = &w.replicas[i];
+        server_stop(r->server, on_replica_stopped, r);
+        UNTIL(r->stopped);
+        store_close(r->store, on_replica_closed, r);
+        UNTIL(r->closed);
+    }
     uv_run(&w.loop, UV_RUN_DEFAULT);
     nftw(w.dir, remove_one, 16, FTW_DEPTH | FTW_PHYS);
     return uv_loop_close(&w.loop);
@@ -1153,36 +1196,36 @@ static void unix_listener(void **state)
     {                                                                                                                  \
 #test " " kind, test, set_up, tear_down, (void *)kind                                                          \
     }
-#define BOTH(test) ON(test, "mem:"), ON(test, "file:")
+#define ALL(test) ON(test, "mem:"), ON(test, "file:"), ON(test, "hub:")
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        BOTH(epoch_commits),
-        BOTH(quiet_end),
-        BOTH(failed_epoch_is_dropped),
-        BOTH(counted_wrongly),
-        BOTH(aborted),
-        BOTH(cut_in_the_middle),
-        BOTH(one_writer),
-        BOTH(two_handles_one_lease),
-        BOTH(bad_names),
-        BOTH(pins_keep_their_epoch),
-        BOTH(long_reads),
-        BOTH(pins_with_head),
-        BOTH(pins_outlive_their_connection),
-        BOTH(pins_are_bounded),
+        ALL(epoch_commits),
+        ALL(quiet_end),
+        ALL(failed_epoch_is_dropped),
+        ALL(counted_wrongly),
+        ALL(aborted),
+        ALL(cut_in_the_middle),
+        ALL(one_writer),
+        ALL(two_handles_one_lease),
+        ALL(bad_names),
+        ALL(pins_keep_their_epoch),
+        ALL(long_reads),
+        ALL(pins_with_head),
+        ALL(pins_outlive_their_connection),
+        ALL(pins_are_bounded),
         ON(handles_are_bounded, "mem:"),
-        BOTH(removes),
-        BOTH(renames),
-        BOTH(bulk),
-        BOTH(stop_finishes),
-        BOTH(garbage_harms_nobody),
-        BOTH(nonsense_harms_nobody),
-        BOTH(order_is_kept),
-        BOTH(malformed_fails_the_epoch),
-        BOTH(packed_pages),
-        BOTH(bad_packing_ends_the_connection),
+        ALL(removes),
+        ALL(renames),
+        ALL(bulk),
+        ALL(stop_finishes),
+        ALL(garbage_harms_nobody),
+        ALL(nonsense_harms_nobody),
+        ALL(order_is_kept),
+        ALL(malformed_fails_the_epoch),
+        ALL(packed_pages),
+        ALL(bad_packing_ends_the_connection),
         ON(unix_listener, "mem:"),
     };
     signal(SIGPIPE, SIG_IGN);
