@@ -1,5 +1,6 @@
 #include "agent/cli/dial.h"
 #include "agent/cli/cli.h"
+#include "agent/hub/hub.h"
 #include "agent/net/addr.h"
 
 #include <errno.h>
@@ -101,14 +102,16 @@ static int dial_unix(struct peer *p, const char *path)
     return 0;
 }
 
-static void become_agent(const char *program, const char *store, const char *listen, int out)
+/* state: NULL for the usual one. */
+static void become_agent(const char *program, const char *store, const char *listen, const char *state, int out)
 {
     /* It ends when we do, however we end. */
     if (prctl(PR_SET_PDEATHSIG, SIGTERM) || getppid() == 1 || dup2(out, STDOUT_FILENO) < 0)
         _exit(127);
     setpgid(0, 0); /* an interrupt at the terminal is ours alone: the agent is stopped in order */
     unsetenv("LD_PRELOAD");
-    execl(program, "memsync-agent", "--store", store, "--listen", listen, (char *)NULL);
+    execl(program, "memsync-agent", "--store", store, "--listen", listen, state ? "--state" : NULL, state,
+          (char *)NULL);
     fprintf(stderr, "memsync: %s cannot be run: %s\n", program, strerror(errno));
     _exit(127);
 }
@@ -133,9 +136,10 @@ static int await_listening(int from)
     return -ETIMEDOUT;
 }
 
-static int start_agent(struct peer *p, const char *dir)
+/* A hub of the tool's own must not be taken for one that writes under this user's identity: it gets another. */
+static int start_agent(struct peer *p, const char *store)
 {
-    char program[4096], store[4200], listen[sizeof p->temporary + 16], path[sizeof p->temporary + 8];
+    char program[4096], listen[sizeof p->temporary + 16], path[sizeof p->temporary + 8];
     if (cli_part("memsync-agent", program, sizeof program))
         return failed(p, -ENOENT,
                       "memsync-agent is neither beside this program nor in " MEMSYNC_PREFIX
@@ -146,13 +150,12 @@ static int start_agent(struct peer *p, const char *dir)
         int err = -errno;
         return failed(p, err, "an agent for %s cannot be started: %s", p->address, strerror(-err));
     }
-    snprintf(store, sizeof store, "file:%s", dir);
     snprintf(path, sizeof path, "%s/wire", p->temporary);
     snprintf(listen, sizeof listen, "unix:%s", path);
     fflush(NULL);
     p->child = fork();
     if (p->child == 0)
-        become_agent(program, store, listen, out[1]);
+        become_agent(program, store, listen, hub_is(store) ? p->temporary : NULL, out[1]);
     int rc = p->child < 0 ? -errno : 0;
     close(out[1]);
     if (!rc)
@@ -177,17 +180,21 @@ static int dial_store(struct peer *p, const char *dir, bool make_store)
         return rc;
     if (!make_store && (stat(dir, &st) || !S_ISDIR(st.st_mode)))
         return failed(p, -ENOENT, "there is no store at %s: it is no directory; is the path right?", dir);
-    return start_agent(p, dir);
+    return start_agent(p, p->address);
 }
 
 int dial(struct peer *p, bool make_store)
 {
     struct addr a;
+    char hub_error[STORE_ERROR];
     if (!strncmp(p->address, "file:", 5))
         return dial_store(p, p->address + 5, make_store);
+    if (hub_is(p->address))
+        return hub_check(p->address, hub_error) ? failed(p, -EINVAL, "%s", hub_error) : start_agent(p, p->address);
     if (addr_parse(&a, p->address))
         return failed(p, -EINVAL,
-                      "%s is no address that this program can reach: give HOST:PORT, unix:PATH or file:DIRECTORY",
+                      "%s is no address that this program can reach: give HOST:PORT, unix:PATH, "
+                      "file:DIRECTORY or hub:ADDRESS,ADDRESS...",
                       p->address);
     return a.is_unix ? dial_unix(p, a.path) : dial_tcp(p, &a);
 }
@@ -202,8 +209,10 @@ void dial_end(struct peer *p)
         p->child = 0;
     }
     if (*p->temporary) {
-        char path[sizeof p->temporary + 8];
+        char path[sizeof p->temporary + 16];
         snprintf(path, sizeof path, "%s/wire", p->temporary);
+        unlink(path);
+        snprintf(path, sizeof path, "%s/identity", p->temporary);
         unlink(path);
         rmdir(p->temporary);
     }

@@ -99,8 +99,8 @@ static void help(const struct command *c)
     printf("\n%s.\n", c->summary);
     printf("%s", c->help);
     if (c->options & OPTION_REMOTE)
-        printf("\nADDRESS: HOST:PORT, unix:PATH, or file:DIRECTORY of a store here. Without --remote it is that of "
-               "MEMSYNC_REMOTE.\n");
+        printf("\nADDRESS: HOST:PORT, unix:PATH, file:DIRECTORY of a store here, or hub:ADDRESS,ADDRESS...\n"
+               "Without --remote it is that of MEMSYNC_REMOTE.\n");
 }
 
 enum {

@@ -1,20 +1,22 @@
 /* What the parts of a hub share. Loop thread only.
  *
  *   hub.c      opening, closing, the clock          replica.c  a replica's connection: states, requests
- *   names.c    names, leases, ATTACH, lineages      txn.c      live epochs, one stream in, several out
+ *   names.c    names, leases, ATTACH, lineages      txn.c      live epochs: adding, handing in
+ *   legs.c     their ways to the replicas           settle.c   the replicas' answers to them
  *   opening.c  which replica is right, at first     round.c    catching up: the cut, the plan, the queue
  *   compare.c  catching up: hashes and pages        read.c     LIST, PIN, READ, HASH, REMOVE
  *
  * A replica's states:
  *
- *   DOWN -> DIALLING -> BEHIND -> FOLLOWING -> IN         any of them -> DOWN when its connection ends
+ *   DOWN -> DIALLING -> BEHIND -> FOLLOWING -> IN      any of them -> DOWN when its connection ends
  *                         |
  *                         v
  *                      REFUSED: it has what no older copy of ours can be; looked at again every HUB_RETRY_MS
  *
- *   BEHIND     connected; a round (round.c) brings it the difference to one that is in. Live epochs are kept for it
- * from the round's cut on, up to HUB_QUEUE FOLLOWING  it has had the difference, live epochs go to it as they come,
- * nobody waits for it IN         an epoch is durable when every replica that is in has said so
+ * - BEHIND: connected; a round (round.c) brings it the difference to one that is in. Live epochs are kept for it from
+ *   the round's cut on, up to HUB_QUEUE.
+ * - FOLLOWING: it has had the difference, live epochs go to it as they come, nobody waits for it.
+ * - IN: an epoch is durable when every replica that is in has said so.
  *
  * A replica that is too slow (HUB_QUEUE, HUB_WAIT_MS) or refuses what another takes loses its connection: so everything
  * on its way there is gone, and it comes back as one that is BEHIND.
@@ -22,14 +24,16 @@
  * None in: peers' connections are closed with the reason, so that they see what they see when a remote is dead, and
  * opening.c decides anew who is right.
  *
- *   what dies                  what happens to the bytes
- *   a replica                  others go on; it is brought up to date when it is back
- *   the hub                    nothing is lost with it: what was acknowledged is on all that were in, what was not is
- * kept by its writer, which asks the next hub what there is; replicas drop open epochs, and those that some took and
- * others did not are evened out by the next hub hub and the newest replica the next hub starts from the newest it
- * finds. The one that comes back with more has epochs which the others do not: it is refused, and named, and left as it
- * is a replica during a round   the round's epochs are atomic: it is at the old epoch, or at the new one all replicas
- * no acknowledgements; see above
+ * What dies, and what becomes of the bytes:
+ *
+ * - A replica: others go on; it is brought up to date when it is back.
+ * - The hub: nothing is lost with it. What was acknowledged is on all that were in; what was not is kept by its writer,
+ *   which asks the next hub what there is. Replicas drop open epochs, and those that some took and others did not are
+ *   evened out by the next hub.
+ * - The hub, and the newest replica: the next hub starts from the newest it finds. The one that comes back has epochs
+ *   that the others have not: it is refused, named, and left as it is.
+ * - A replica during a round: the round's epochs are atomic, so it is at the old epoch or at the new one.
+ * - All replicas: nothing is acknowledged; see above.
  *
  * Whoever may be called back from a call of ours only marks what is to be done; hub_soon() does it from the loop. */
 #ifndef HUB_INSIDE_H
@@ -284,6 +288,7 @@ void names_tick(struct hub *h);
 bool names_attached(struct replica *r); /* all leased ones, there */
 void names_free(struct hub *h);
 void attach_step(struct hub *h);
+bool hub_complete(const struct hub *h); /* nobody is about to come in */
 int hub_attach(struct store *s, const struct store_attach *a, struct frame_attached *to, store_attach_done *done,
                void *arg);
 void hub_lease_drop(struct store *s, const char *name, const struct id *identity);

@@ -347,7 +347,7 @@ static void attach_finish(struct attach *a)
     attach_done(a, 0, &to);
 }
 
-static bool all_in(const struct hub *h)
+bool hub_complete(const struct hub *h)
 {
     bool all = true;
     EACH_REPLICA(r, h)
@@ -378,7 +378,7 @@ static void attach_try(struct attach *a)
         }
         return;
     }
-    if (!a->asked && (a->name->busy || (!all_in(h) && hub_now(h) - h->opened_at < HUB_OPEN_MS)))
+    if (!a->asked && (a->name->busy || (!hub_complete(h) && hub_now(h) - h->opened_at < HUB_OPEN_MS)))
         return;
     if (!a->asked)
         attach_ask(a);

@@ -19,7 +19,7 @@ struct query {
     struct hub *hub;
     char name[NAME_CAP];
     unsigned asked;
-    bool some, force;
+    bool some, force, removes;
     int err;
     char text[STORE_ERROR];
     store_each *each;
@@ -114,6 +114,8 @@ static void when_open(uv_timer_t *t)
     const struct hub *h = q->hub;
     if (h->opening && !h->closing && hub_now(h) - h->opening_since < HUB_OPEN_MS + 500)
         return;
+    if (q->removes && !h->opening && !hub_complete(h) && hub_now(h) - h->opened_at < HUB_OPEN_MS)
+        return; /* it would be left on those who are about to come in */
     uv_close((uv_handle_t *)t, on_waited);
     ask_now(q);
 }
@@ -134,8 +136,57 @@ static void on_pinned(void *arg, struct replica *r, uint8_t type, const struct b
     query_free(q);
 }
 
+/* Removed where it is; who is not in still has it when it comes back, and is then told to be an older copy. */
+static void on_removed(void *arg, struct replica *r, uint8_t type, const struct buf *p)
+{
+    struct query *q = arg;
+    (void)r;
+    q->some |= type == FRAME_OK;
+    if (type != FRAME_OK && !q->err)
+        failed(q, type, p);
+    if (--q->asked)
+        return;
+    struct hub_name *n = name_of(q->hub, q->name);
+    if (q->some && n) {
+        if (lineage_find(q->hub, &n->lineage))
+            lineage_note(q->hub, &n->lineage, 0, true);
+        n->lineage = (struct id){{0}};
+        n->holder = NULL;
+        memset(n->there, 0, sizeof n->there);
+    }
+    q->done(q->arg, q->some ? 0 : q->err == -ESTALE ? -EBUSY : q->err, q->text);
+    query_free(q);
+}
+
+static void remove_now(struct query *q)
+{
+    struct hub *h = q->hub;
+    struct hub_name *n = name_of(h, q->name);
+    q->asked = 1;
+    if (n && !q->force && name_leased(h, n)) {
+        q->err = -EBUSY;
+        snprintf(q->text, sizeof q->text, "%.250s is being written by %.150s", q->name, n->holder->host);
+    } else if (!replica_source(h)) {
+        q->err = none_in(h, q->text, sizeof q->text);
+    } else {
+        EACH_REPLICA(r, h)
+        if (r->state == REPLICA_IN || r->state == REPLICA_FOLLOWING) {
+            q->asked++;
+            replica_ask_name(r, FRAME_REMOVE, q->name, q->force, on_removed, q);
+        }
+    }
+    if (--q->asked)
+        return;
+    q->done(q->arg, q->err, q->text);
+    query_free(q);
+}
+
 static void ask_now(struct query *q)
 {
+    if (q->removes) {
+        remove_now(q);
+        return;
+    }
     struct replica *r = replica_source(q->hub);
     uint8_t payload[4];
     if (!r)
@@ -277,65 +328,14 @@ void hub_unpin(struct store_pin *store_pin)
     free(pin);
 }
 
-/* Removed where it is; who is not in still has it when it comes back, and is then told to be an older copy. */
-static void on_removed(void *arg, struct replica *r, uint8_t type, const struct buf *p)
-{
-    struct query *q = arg;
-    (void)r;
-    q->some |= type == FRAME_OK;
-    if (type != FRAME_OK && !q->err)
-        failed(q, type, p);
-    if (--q->asked)
-        return;
-    struct hub_name *n = name_of(q->hub, q->name);
-    if (q->some && n) {
-        if (lineage_find(q->hub, &n->lineage))
-            lineage_note(q->hub, &n->lineage, 0, true);
-        n->lineage = (struct id){{0}};
-        n->holder = NULL;
-        memset(n->there, 0, sizeof n->there);
-    }
-    q->done(q->arg, q->some ? 0 : q->err == -ESTALE ? -EBUSY : q->err, q->text);
-    query_free(q);
-}
-
-static void remove_later(uv_timer_t *t)
-{
-    struct query *q = t->data;
-    struct hub *h = q->hub;
-    struct hub_name *n = name_of(h, q->name);
-    uv_close((uv_handle_t *)t, on_waited);
-    q->asked = 1;
-    if (n && !q->force && name_leased(h, n)) {
-        q->err = -EBUSY;
-        snprintf(q->text, sizeof q->text, "%.250s is being written by %.150s", q->name, n->holder->host);
-    } else if (!replica_source(h)) {
-        q->err = none_in(h, q->text, sizeof q->text);
-    } else {
-        EACH_REPLICA(r, h)
-        if (r->state == REPLICA_IN || r->state == REPLICA_FOLLOWING) {
-            q->asked++;
-            replica_ask_name(r, FRAME_REMOVE, q->name, q->force, on_removed, q);
-        }
-    }
-    if (--q->asked)
-        return;
-    q->done(q->arg, q->err, q->text);
-    query_free(q);
-}
-
 void hub_remove(struct store *s, const char *name, const struct id *identity, bool force,
                 void (*done)(void *arg, int err, const char *text), void *arg)
 {
     struct query *q = query_new(s, arg);
     const struct hub_name *n = name_of(q->hub, name);
-    uv_timer_t *t = malloc(sizeof *t);
-    if (!t)
-        abort(); /* see ask_put */
     snprintf(q->name, sizeof q->name, "%s", name);
+    q->removes = true;
     q->force = force || (n && name_lease_good(q->hub, n, identity));
     q->done = done;
-    uv_timer_init(q->hub->loop, t);
-    t->data = q;
-    uv_timer_start(t, remove_later, 0, 0);
+    wait_open(q);
 }

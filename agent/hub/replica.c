@@ -46,7 +46,7 @@ void replica_enter(struct replica *r, enum replica_state state, const char *why)
     double since = (double)(hub_now(r->hub) - r->since) / 1000;
     if (state == REPLICA_IN && r->told_down)
         log_warn("hub: %s is in again (%s)", r->address, why);
-    else if (state == REPLICA_DOWN && r->state == REPLICA_IN)
+    else if (state == REPLICA_DOWN && r->state == REPLICA_IN && !r->hub->closing)
         log_warn("hub: %s, in for %.1f s, is out: %s; %u of %u replicas are in", r->address, since, why, others_in(r),
                  r->hub->replicas_n);
     else

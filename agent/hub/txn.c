@@ -10,22 +10,13 @@
  * took it; who refused it then is out of step and dropped. All refused it: so does the hub. None is left: -ENOTCONN.
  *
  * The client's window is given back while the fastest replica has less than CONN_LOW of the stream before it. */
-#include "agent/hub/inside.h"
-
-#include "agent/base/log.h"
+#include "agent/hub/txn.h"
 
 #include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define REGION_FENCE 20u /* where the fence stands in a REGION */
-
-static struct hub_txn *txn_of(struct store_txn *t)
-{
-    return (struct hub_txn *)(void *)t;
-}
 
 static int refuse(struct hub_txn *t, int err, char error[STORE_ERROR], const char *format, ...)
     __attribute__((format(printf, 4, 5)));
@@ -40,198 +31,6 @@ static int refuse(struct hub_txn *t, int err, char error[STORE_ERROR], const cha
         snprintf(t->error, sizeof t->error, "%s", error);
     }
     return err;
-}
-
-static bool live(const struct replica *r)
-{
-    return r->greeted && (r->state == REPLICA_IN || r->state == REPLICA_FOLLOWING);
-}
-
-/* Lanes */
-
-static struct lane *lane_of(struct hub *h, const void *chain)
-{
-    struct lane *l;
-    TAILQ_FOREACH(l, &h->lanes, link)
-    if (l->chain == chain)
-        return l;
-    if (!(l = calloc(1, sizeof *l)))
-        return NULL;
-    l->chain = chain;
-    l->stream = h->next_stream++;
-    TAILQ_INSERT_HEAD(&h->lanes, l, link);
-    return l;
-}
-
-static void lanes_tick(struct hub *h)
-{
-    for (struct lane *l = TAILQ_FIRST(&h->lanes), *next; l; l = next) {
-        next = TAILQ_NEXT(l, link);
-        if (l->txns || hub_now(h) - l->idle_since < HUB_LANE_IDLE_MS)
-            continue;
-        EACH_REPLICA(r, h)
-        if (r->greeted)
-            conn_forget(r->conn, l->stream);
-        TAILQ_REMOVE(&h->lanes, l, link);
-        free(l);
-    }
-}
-
-void lanes_free(struct hub *h)
-{
-    for (struct lane *l; (l = TAILQ_FIRST(&h->lanes));) {
-        TAILQ_REMOVE(&h->lanes, l, link);
-        free(l);
-    }
-}
-
-/* Legs */
-
-static void send_begin(struct hub_txn *t, struct replica *r)
-{
-    struct frame_begin b = {.seq = t->seq, .writer = t->writer};
-    uint8_t payload[64];
-    replica_send(r, t->lane->stream, FRAME_BEGIN, payload, frame_begin_put(payload, sizeof payload, &b));
-    t->leg[r->index] = LEG_OPEN;
-}
-
-static void send_end(struct hub_txn *t, struct replica *r)
-{
-    uint8_t payload[17];
-    put_u64(payload, t->seq);
-    put_u64(payload + 8, t->frames);
-    payload[16] = 1;
-    replica_send(r, t->lane->stream, FRAME_END, payload, t->received ? 16 : 17);
-    t->leg[r->index] = LEG_ENDED;
-}
-
-static void send_item(struct hub_txn *t, struct replica *r, const struct item *i)
-{
-    if (i->type != FRAME_REGION) {
-        conn_send(r->conn, t->lane->stream, i->type, buf_hold(i->payload));
-        return;
-    }
-    uint8_t payload[64];
-    memcpy(payload, i->payload->data, i->payload->len);
-    put_u64(payload + REGION_FENCE, i->name->there[r->index].fence);
-    replica_send(r, t->lane->stream, FRAME_REGION, payload, i->payload->len);
-}
-
-static void send_abort(struct hub_txn *t, struct replica *r)
-{
-    uint8_t payload[8];
-    put_u64(payload, t->seq);
-    if (r->greeted)
-        replica_send(r, t->lane->stream, FRAME_ABORT, payload, sizeof payload);
-}
-
-static bool queued(const struct hub_txn *t)
-{
-    bool any = false;
-    for (unsigned i = 0; i < HUB_REPLICAS; i++)
-        any |= t->leg[i] == LEG_QUEUED;
-    return any;
-}
-
-static void items_drop(struct hub_txn *t)
-{
-    for (size_t i = 0; i < t->items_n; i++)
-        buf_drop(t->items[i].payload);
-    hub_of(t->s)->kept -= t->kept;
-    t->items_n = t->kept = 0;
-    t->whole = false;
-}
-
-static bool worth_keeping(const struct hub *h)
-{
-    EACH_REPLICA(r, h)
-    if (r->greeted && r->state == REPLICA_BEHIND)
-        return true;
-    return false;
-}
-
-/* The frame is kept for those who come later, if there may be some and there is room. */
-static void item_keep(struct hub_txn *t, struct item i)
-{
-    struct hub *h = hub_of(t->s);
-    size_t bytes = i.payload->len + sizeof i + 64;
-    if (!t->whole)
-        return;
-    struct item *items = hub_room(t->items, t->items_n, &t->items_cap, sizeof *items);
-    if (!items)
-        abort(); /* a blocked one could not be sent any more */
-    t->items = items;
-    bool full = h->kept + bytes > HUB_QUEUE;
-    h->crowded |= full && h->holding;
-    if (!t->blocked && (full || (!queued(t) && !worth_keeping(h)))) {
-        bool was = queued(t);
-        items_drop(t);
-        EACH_REPLICA(r, h)
-        if (was && t->leg[r->index] == LEG_QUEUED)
-            txns_unqueue(r); /* it needs another round */
-        return;
-    }
-    i.payload = buf_hold(i.payload);
-    items[t->items_n++] = i;
-    t->kept += bytes;
-    h->kept += bytes;
-}
-
-/* One before it on its lane has no END yet, so that it cannot BEGIN. */
-static bool behind_held(const struct hub_txn *t)
-{
-    const struct hub_txn *o;
-    TAILQ_FOREACH(o, &hub_of(t->s)->txns, link)
-    {
-        if (o == t)
-            return false;
-        if (o->lane == t->lane && !o->ended)
-            return true;
-    }
-    return false;
-}
-
-static void txn_begin(struct hub_txn *t)
-{
-    struct hub *h = hub_of(t->s);
-    t->begun = true;
-    t->whole = true;
-    t->blocked = behind_held(t);
-    EACH_REPLICA(r, h)
-    {
-        if (live(r) && !t->blocked)
-            send_begin(t, r);
-        else if (live(r) || r->queueing)
-            t->leg[r->index] = LEG_QUEUED;
-    }
-}
-
-static void leg_flush(struct hub_txn *t, struct replica *r)
-{
-    send_begin(t, r);
-    for (size_t i = 0; i < t->items_n; i++)
-        send_item(t, r, &t->items[i]);
-    if (t->ended && !t->err)
-        send_end(t, r);
-}
-
-static void unblock(struct hub_txn *t)
-{
-    t->blocked = false;
-    EACH_REPLICA(r, hub_of(t->s))
-    if (live(r) && t->leg[r->index] == LEG_QUEUED)
-        leg_flush(t, r);
-}
-
-/* One more frame to all. */
-static void txn_frame(struct hub_txn *t, struct item i)
-{
-    struct hub *h = hub_of(t->s);
-    t->frames++;
-    EACH_REPLICA(r, h)
-    if (t->leg[r->index] == LEG_OPEN)
-        send_item(t, r, &i);
-    item_keep(t, i);
 }
 
 /* Adding */
@@ -431,7 +230,7 @@ static void queues_check(struct hub *h)
     if (r->state == REPLICA_IN && conn_queued(r->conn, 0) < least)
         least = conn_queued(r->conn, 0);
     EACH_REPLICA(r, h)
-    if (live(r) && least != SIZE_MAX && conn_queued(r->conn, 0) > least + HUB_QUEUE)
+    if (leg_live(r) && least != SIZE_MAX && conn_queued(r->conn, 0) > least + HUB_QUEUE)
         replica_drop(r, true, "it is %u MiB behind the fastest", HUB_QUEUE >> 20);
 }
 
@@ -475,7 +274,7 @@ bool hub_txn_received(struct store_txn *store_txn, void (*received)(void *arg))
     return false;
 }
 
-static void names_busy(struct hub_txn *t, int by)
+void txn_names_busy(struct hub_txn *t, int by)
 {
     for (size_t i = 0; i < t->slots_n; i++) {
         t->slots[i].name->busy += (unsigned)by;
@@ -503,29 +302,29 @@ static void names_after(struct hub_txn *t)
         t->left[i].handle = t->left[i].name->handle = ++h->next_handle;
 }
 
-static bool may_end(const struct hub_txn *t)
+bool txn_may_end(const struct hub_txn *t)
 {
     const struct hub *h = hub_of(t->s);
     return t->handed && !t->ended && (t->err || (!t->blocked && (!h->holding || !t->whole)));
 }
 
-static void txn_end(struct hub_txn *t)
+void txn_end(struct hub_txn *t)
 {
     t->ended = true;
     EACH_REPLICA(r, hub_of(t->s))
     {
         uint8_t *leg = &t->leg[r->index];
         if (*leg == LEG_OPEN && t->err)
-            send_abort(t, r);
+            leg_abort(t, r);
         else if (*leg == LEG_OPEN)
-            send_end(t, r);
+            leg_end(t, r);
         if (t->err)
             *leg = LEG_NONE;
         for (size_t i = 0; *leg == LEG_ENDED && i < t->left_n; i++)
             name_attach_as(t->left[i].name, r, t->lane->stream, t->left[i].handle);
     }
-    if (!queued(t))
-        items_drop(t);
+    if (!txn_queued(t))
+        txn_items_drop(t);
 }
 
 void hub_txn_commit(struct store_txn *store_txn, void (*durable)(void *arg, int err, const char *text), void *arg)
@@ -547,16 +346,16 @@ void hub_txn_commit(struct store_txn *store_txn, void (*durable)(void *arg, int 
         txn_begin(t);
     if (!t->err)
         names_after(t);
-    names_busy(t, 1);
-    if (may_end(t))
+    txn_names_busy(t, 1);
+    if (txn_may_end(t))
         txn_end(t);
     hub_soon(h);
 }
 
-static void txn_free(struct hub_txn *t)
+void hub_txn_free(struct hub_txn *t)
 {
     struct hub *h = hub_of(t->s);
-    items_drop(t);
+    txn_items_drop(t);
     if (t->lane && !--t->lane->txns)
         t->lane->idle_since = hub_now(h);
     TAILQ_REMOVE(&h->txns, t, link);
@@ -572,317 +371,6 @@ void hub_txn_abort(struct store_txn *store_txn)
     struct hub_txn *t = txn_of(store_txn);
     EACH_REPLICA(r, hub_of(t->s))
     if (t->leg[r->index] == LEG_OPEN)
-        send_abort(t, r);
-    txn_free(t);
-}
-
-/* Answers */
-
-static void lineages_note(struct hub_txn *t)
-{
-    struct hub *h = hub_of(t->s);
-    for (size_t i = 0; i < t->slots_n; i++) {
-        const struct slot *slot = &t->slots[i];
-        if (!id_none(&slot->replaced) && lineage_find(h, &slot->replaced))
-            lineage_note(h, &slot->replaced, 0, true);
-    }
-    for (size_t i = 0; i < t->slots_n; i++) {
-        const struct slot *slot = &t->slots[i];
-        if (slot->stated && !slot->unlinked)
-            lineage_note(h, &slot->lineage, slot->epoch, false);
-    }
-}
-
-static bool unanswered(const struct hub_txn *t, unsigned i)
-{
-    return t->leg[i] == LEG_OPEN || t->leg[i] == LEG_ENDED || t->leg[i] == LEG_RECEIVED;
-}
-
-static void tell(struct hub_txn *t, int err, const char *text)
-{
-    t->told = true;
-    t->told_at = hub_now(hub_of(t->s));
-    names_busy(t, -1);
-    EACH_REPLICA(r, hub_of(t->s))
-    for (size_t i = 0; live(r) && t->leg[r->index] != LEG_NONE && i < t->left_n; i++) {
-        uint8_t old[4]; /* both handles name what it was renamed to, or did: the lease stays with the other */
-        put_u32(old, t->left[i].old);
-        replica_send(r, STREAM_OWN, FRAME_DETACH, old, sizeof old);
-    }
-    void (*durable)(void *, int, const char *) = t->durable;
-    if (durable)
-        durable(t->durable_arg, err, text);
-}
-
-/* Who refused what another has taken is not where that one is. */
-static void drop_refusers(struct hub_txn *t)
-{
-    EACH_REPLICA(r, hub_of(t->s))
-    if (t->leg[r->index] == LEG_FAILED && r->state != REPLICA_DOWN) {
-        t->leg[r->index] = LEG_NONE;
-        replica_drop(r, false, "it refused an epoch that another took: %s", t->error);
-    }
-}
-
-/* Whether all who count have answered; then it is told. */
-static bool settle(struct hub_txn *t)
-{
-    struct hub *h = hub_of(t->s);
-    bool durable = false, failed = false;
-    if (t->told || !t->ended)
-        return false;
-    if (t->err) {
-        tell(t, t->err, t->error);
-        return true;
-    }
-    EACH_REPLICA(r, h)
-    {
-        if (r->state == REPLICA_IN && unanswered(t, r->index))
-            return false;
-        durable |= t->leg[r->index] == LEG_DURABLE && r->state == REPLICA_IN;
-        failed |= t->leg[r->index] == LEG_FAILED;
-    }
-    if (durable) {
-        drop_refusers(t);
-        lineages_note(t);
-        tell(t, 0, "");
-    } else if (failed) {
-        tell(t, t->refusal, t->error);
-    } else {
-        char why[STORE_ERROR];
-        hub_why_none(h, why, sizeof why);
-        tell(t, -ENOTCONN, why);
-    }
-    return true;
-}
-
-static void tell_received(struct hub_txn *t)
-{
-    if (!t->received || t->told)
-        return;
-    bool some = false;
-    EACH_REPLICA(r, hub_of(t->s))
-    {
-        uint8_t leg = t->leg[r->index];
-        if (r->state == REPLICA_IN && (leg == LEG_OPEN || leg == LEG_ENDED))
-            return;
-        some |= leg == LEG_RECEIVED || leg == LEG_DURABLE;
-    }
-    void (*received)(void *) = some ? t->received : NULL;
-    if (!received)
-        return;
-    t->received = NULL;
-    received(t->durable_arg);
-}
-
-static struct hub_txn *txn_by_seq(struct hub *h, uint64_t seq)
-{
-    struct hub_txn *t;
-    TAILQ_FOREACH(t, &h->by_seq[seq % HUB_BUCKETS], by_seq)
-    if (t->seq == seq)
-        return t;
-    return NULL;
-}
-
-static void leg_failed(struct hub_txn *t, struct replica *r, const struct buf *p)
-{
-    char text[FRAME_TEXT_MAX];
-    int err = replica_failed(p, text, sizeof text);
-    if (t->leg[r->index] == LEG_OPEN) /* it drops what comes for it up to its end, which this is */
-        send_abort(t, r);
-    t->leg[r->index] = LEG_FAILED;
-    if (!t->refusal) {
-        snprintf(t->error, sizeof t->error, "%s", text);
-        t->refusal = err;
-    }
-    bool left = false;
-    EACH_REPLICA(o, hub_of(t->s))
-    left |= o->state == REPLICA_IN && t->leg[o->index] != LEG_FAILED && t->leg[o->index] != LEG_NONE;
-    if (!left && !t->told && !t->ended) { /* no need to wait for its END */
-        t->err = err;
-        hub_soon(hub_of(t->s));
-    }
-}
-
-void txn_answer(struct replica *r, uint32_t stream, uint8_t type, const struct buf *p)
-{
-    struct hub_txn *t = p->len >= 8 ? txn_by_seq(r->hub, get_u64(p->data)) : NULL;
-    if (!t || !t->lane || t->lane->stream != stream || !unanswered(t, r->index))
-        return;
-    if (type == FRAME_FAILED) {
-        leg_failed(t, r, p);
-    } else if (type == FRAME_RECEIVED) {
-        t->leg[r->index] = LEG_RECEIVED;
-        tell_received(t);
-        return;
-    } else {
-        t->leg[r->index] = LEG_DURABLE;
-        tell_received(t);
-    }
-    if (!t->first_at)
-        t->first_at = hub_now(r->hub);
-    settle(t);
-}
-
-void txns_lost(struct replica *r)
-{
-    struct hub_txn *t;
-    TAILQ_FOREACH(t, &r->hub->txns, link)
-    if (t->leg[r->index] != LEG_DURABLE)
-        t->leg[r->index] = LEG_NONE;
-    hub_soon(r->hub);
-}
-
-/* Windows: while the fastest has less than CONN_LOW before it. */
-static void credit(struct hub_txn *t)
-{
-    if (!t->withheld || !t->spilled)
-        return;
-    bool room = t->err != 0;
-    EACH_REPLICA(r, hub_of(t->s))
-    room |= r->state == REPLICA_IN && t->leg[r->index] == LEG_OPEN && conn_queued(r->conn, t->lane->stream) < CONN_LOW;
-    if (!room)
-        return;
-    size_t bytes = t->withheld;
-    t->withheld = 0;
-    t->spilled(t->arg, bytes);
-}
-
-void txns_drained(struct replica *r, uint32_t stream)
-{
-    struct hub_txn *t;
-    TAILQ_FOREACH(t, &r->hub->txns, link)
-    if (t->lane && t->lane->stream == stream && !t->handed)
-        break;
-    if (t)
-        credit(t);
-}
-
-static bool over(const struct hub_txn *t)
-{
-    if (!t->told || queued(t))
-        return false;
-    for (unsigned i = 0; i < HUB_REPLICAS; i++)
-        if (unanswered(t, i))
-            return false;
-    return true;
-}
-
-/* The cut: what is open now, and all that comes, is for r too. */
-void txns_queue(struct replica *r)
-{
-    struct hub_txn *t;
-    r->queueing = true;
-    TAILQ_FOREACH(t, &r->hub->txns, link)
-    if (t->begun && !t->ended)
-        t->leg[r->index] = LEG_QUEUED;
-}
-
-bool txns_whole(const struct hub *h)
-{
-    const struct hub_txn *t;
-    TAILQ_FOREACH(t, &h->txns, link)
-    if (t->begun && !t->ended && !t->whole)
-        return false;
-    return true;
-}
-
-void txns_unqueue(struct replica *r)
-{
-    struct hub_txn *t;
-    r->queueing = false;
-    TAILQ_FOREACH(t, &r->hub->txns, link)
-    if (t->leg[r->index] == LEG_QUEUED)
-        t->leg[r->index] = LEG_NONE;
-    hub_soon(r->hub);
-}
-
-bool txns_flush(struct replica *r)
-{
-    struct hub_txn *t;
-    bool ready = true;
-    TAILQ_FOREACH(t, &r->hub->txns, link)
-    for (size_t i = 0; t->leg[r->index] == LEG_QUEUED && i < t->slots_n; i++)
-        if (!t->slots[i].name->there[r->index].attached) {
-            name_attach(t->slots[i].name, r, STREAM_OWN);
-            ready = false;
-        }
-    if (!ready)
-        return false;
-    TAILQ_FOREACH(t, &r->hub->txns, link)
-    if (t->leg[r->index] == LEG_QUEUED && !t->blocked) {
-        leg_flush(t, r);
-        for (size_t i = 0; t->ended && i < t->left_n; i++)
-            name_attach_as(t->left[i].name, r, t->lane->stream, t->left[i].handle);
-    }
-    return true;
-}
-
-bool txns_pending(const struct replica *r)
-{
-    const struct hub_txn *t;
-    TAILQ_FOREACH(t, &r->hub->txns, link)
-    if (t->ended && unanswered(t, r->index))
-        return true;
-    return false;
-}
-
-bool txns_late(const struct replica *r)
-{
-    const struct hub_txn *t;
-    if (!r->greeted || conn_queued(r->conn, 0) > CONN_LOW)
-        return true;
-    TAILQ_FOREACH(t, &r->hub->txns, link)
-    if (t->told && (t->leg[r->index] == LEG_QUEUED || unanswered(t, r->index)) &&
-        hub_now(r->hub) - t->told_at > HUB_WAIT_MS / 4)
-        return true;
-    return false;
-}
-
-void txns_tick(struct hub *h)
-{
-    struct hub_txn *t;
-    bool slow[HUB_REPLICAS] = {false};
-    TAILQ_FOREACH(t, &h->txns, link)
-    for (unsigned i = 0;
-         t->ended && !t->told && t->first_at && hub_now(h) - t->first_at >= HUB_WAIT_MS && i < h->replicas_n; i++)
-        slow[i] |= unanswered(t, i);
-    EACH_REPLICA(r, h)
-    if (slow[r->index] && r->state == REPLICA_IN)
-        replica_drop(r, true, "an epoch was not acknowledged within %u ms of another replica's acknowledgement",
-                     HUB_WAIT_MS);
-    lanes_tick(h);
-}
-
-/* One thing to do; false when there is none. Callbacks may change the list. */
-static bool step_one(struct hub *h)
-{
-    struct hub_txn *t;
-    TAILQ_FOREACH(t, &h->txns, link)
-    {
-        if (t->blocked && !t->err && !behind_held(t)) {
-            unblock(t);
-            return true;
-        }
-        if (may_end(t)) {
-            txn_end(t);
-            return true;
-        }
-        if (settle(t))
-            return true;
-        if (over(t)) {
-            txn_free(t);
-            return true;
-        }
-    }
-    return false;
-}
-
-void txns_step(struct hub *h)
-{
-    struct hub_txn *t;
-    TAILQ_FOREACH(t, &h->txns, link)
-    credit(t);
-    while (step_one(h))
-        ;
+        leg_abort(t, r);
+    hub_txn_free(t);
 }

@@ -367,9 +367,18 @@ fan_out() {
     more_acks 30
     start_agent a "$(store_of a)"
     more_acks 30
+    memsync ls >"$T/ls.out" 2>&1 || fail "memsync ls --remote $REMOTE: $(cat "$T/ls.out")"
+    grep -q "${W#/}/a" "$T/ls.out" || fail "memsync ls --remote $REMOTE: $(cat "$T/ls.out")"
     end_program
     bounded
     all_same b c
+    memsync verify "${W#/}/a" --file "$W/a" >&2 || fail "memsync verify of $REMOTE"
+    head -c 100000 /dev/urandom >"$T/other"
+    memsync import "$T/other" other >"$T/import.out" 2>&1 || fail "memsync import: $(cat "$T/import.out")"
+    poll 10 same_lists b c || fail "b and c have not the same after an import"
+    MEMSYNC_REMOTE=${address[c]} "$BUILD/memsync" verify other --file "$T/other" >&2 || fail "the import is not at c"
+    memsync rm other >&2 || fail "memsync rm"
+    ! ls_of "${address[b]}" | grep -q other || fail "memsync rm has left a copy"
     start_hub "${address[a]}" "${address[b]}" "${address[c]}" # a may have come too late for the one that has left
     all_same a b c hub
 }
