@@ -23,7 +23,7 @@ struct pager *pager_of(struct link *k)
     struct pager *g = calloc(1, sizeof *g);
     if (!g)
         return NULL;
-    *g = (struct pager){.link = k, .ahead = BULK_AHEAD_MIN, .fastest = UINT64_MAX};
+    *g = (struct pager){.link = k, .ahead = BULK_AHEAD_FIRST, .fastest = UINT64_MAX};
     for (size_t i = 0; i < 1 + BULK_STREAMS; i++)
         g->streams[i] = ++k->next_stream;
     k->pager = g;
@@ -509,7 +509,7 @@ void page_link_up(struct link *k)
     if (!g)
         return;
     streams_ready(g);
-    g->ahead = BULK_AHEAD_MIN;
+    g->ahead = BULK_AHEAD_FIRST;
     g->fastest = UINT64_MAX;
     g->usual = 0;
     for (struct opening *o = g->openings; o; o = o->next)
@@ -575,6 +575,10 @@ static void mount_tick(struct mount *m, uint64_t now)
     else if (since && now - since > m->timeout_ms)
         mount_fail(m, -ETIMEDOUT, "%s did not answer within MEMSYNC_FETCH_TIMEOUT (%llu ms)", m->pager->link->address,
                    (unsigned long long)m->timeout_ms);
+    if (m->plan.learning && now - m->made_at > LEARNING_MS) {
+        m->plan.learning = false;
+        fetch_pump(m->pager);
+    }
     if (!awaited(m) && now - m->idle_since > MOUNT_LINGER_MS)
         mount_free(m);
     else if (now >= m->retry_at)

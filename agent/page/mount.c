@@ -1,6 +1,7 @@
 #include "agent/page/mount.h"
 
 #include "agent/base/log.h"
+#include "agent/page/order.h"
 #include "agent/page/uffd.h"
 
 #include <errno.h>
@@ -100,6 +101,35 @@ static int find_data(struct mount *m)
     return 0;
 }
 
+static uint64_t chunks_of(const struct mount *m)
+{
+    return m->pages.count / PLAN_CHUNK + 1;
+}
+
+static void recall(struct mount *m)
+{
+    size_t n;
+    if (m->plan.order != CONTROL_ORDER_RECORDED)
+        return;
+    uint64_t *order = order_load(m->pager->link->local->state_dir, m->pager->link->address, m->name, chunks_of(m), &n);
+    plan_record(&m->plan, order, n, chunks_of(m));
+}
+
+void mount_order(struct mount *m, uint8_t order)
+{
+    if (m->plan.order != CONTROL_ORDER_NONE || order == CONTROL_ORDER_NONE)
+        return;
+    m->plan.order = order;
+    recall(m);
+}
+
+static void remember(const struct mount *m)
+{
+    if (m->plan.known && m->plan.recorded_n)
+        order_save(m->pager->link->local->state_dir, m->pager->link->address, m->name, m->plan.recorded,
+                   m->plan.recorded_n);
+}
+
 struct mount *mount_new(struct pager *g, const struct control_open *how, const struct frame_entry *e, int memfd,
                         int shared_fd, bool eager)
 {
@@ -118,6 +148,7 @@ struct mount *mount_new(struct pager *g, const struct control_open *how, const s
                         .size = e->size,
                         .mtime = e->committed_at,
                         .idle_since = uv_now(g->link->local->loop),
+                        .made_at = uv_now(g->link->local->loop),
                         .timeout_ms = how->fetch_timeout_ms == CONTROL_FOREVER ? 0 : how->fetch_timeout_ms,
                         .memfd = memfd,
                         .shared_fd = shared_fd,
@@ -130,8 +161,10 @@ struct mount *mount_new(struct pager *g, const struct control_open *how, const s
     rc = rc ? rc : make_shared(m);
     rc = rc ? rc : make_window(m);
     rc = rc ? rc : memfd >= 0 ? find_data(m) : 0;
-    if (!rc)
+    if (!rc) {
+        recall(m);
         return m;
+    }
     log_error("%s: %s cannot be presented: %s", g->link->address, how->name, strerror(-rc));
     mount_free(m);
     return NULL;
@@ -198,6 +231,8 @@ void viewer_end(struct viewer *v)
     free(v->stretches);
     free(v);
     m->idle_since = uv_now(m->pager->link->local->loop);
+    if (!m->viewers)
+        remember(m);
 }
 
 static int stretch_add(struct viewer *v, uint64_t addr, uint64_t len, uint64_t offset)

@@ -56,10 +56,12 @@
 #define BULK_AHEAD_MIN (2u << 20)
 #define BULK_AHEAD_MAX (BULK_STREAMS * FRAME_WINDOW) /* below what a server lets lie unread */
 #define BULK_SLACK_MS 3u
-#define DEMAND_READS 128u /* under way: a server has SESSION_REQUESTS for a connection */
+#define DEMAND_READS 128u       /* under way: a server has SESSION_REQUESTS for a connection */
 #define HEAD_BYTES (256u << 10) /* comes with the pin; as much of the end is asked for next */
 #define MOUNT_SIZE_MAX (16ULL << 40)
 #define STRETCHES_MAX 65536u
+#define LEARNING_MS 5000u /* nothing is fetched ahead so long when a first order is to be recorded */
+#define BULK_AHEAD_FIRST (8u << 20)
 #define MOUNT_LINGER_MS 10000u /* without viewers: one may be handed on by exec */
 
 struct stretch {
@@ -103,6 +105,7 @@ struct mount {
     struct plan plan;
     struct viewer *viewers;
     uint64_t idle_since; /* while it has none */
+    uint64_t made_at;
     struct fetching *fetchings;
     struct want *wanted;
     size_t wanted_n, wanted_cap; /* bounded by the threads that wait: nothing is in it twice */
@@ -171,6 +174,8 @@ int mount_put(struct mount *m, uint64_t offset, const uint8_t *data, uint64_t le
 void mount_fail(struct mount *m, int err, const char *format, ...) __attribute__((format(printf, 3, 4)));
 void mount_poison(struct mount *m, const struct viewer *v, const struct stretch *s); /* what is missing in it */
 void mount_fault(struct mount *m, struct viewer *v, const struct stretch *s, uint64_t page);
+/* A further viewer asks for this order: the one that fetches more counts. */
+void mount_order(struct mount *m, uint8_t order);
 /* MADV_*, of bytes. */
 void mount_advise(struct mount *m, uint8_t advice, uint64_t offset, uint64_t len);
 bool mount_complete(const struct mount *m);

@@ -1,5 +1,6 @@
 #include "agent/page/plan.h"
 
+#include "agent/page/order.h"
 #include "wire/control.h"
 
 #include <stdlib.h>
@@ -12,7 +13,37 @@ void plan_init(struct plan *p, uint8_t order)
 void plan_free(struct plan *p)
 {
     free(p->recorded);
+    free(p->known);
     p->recorded = NULL;
+    p->known = NULL;
+}
+
+void plan_record(struct plan *p, uint64_t *recorded, size_t n, uint64_t chunks)
+{
+    p->recorded = recorded;
+    p->recorded_n = n;
+    p->recorded_cap = n; /* it may be larger: unused */
+    p->learning = !n;
+    p->known = calloc(1, (size_t)(chunks / 8 + 1));
+    for (size_t i = 0; p->known && i < n; i++)
+        p->known[recorded[i] / 8] |= (uint8_t)(1u << recorded[i] % 8);
+}
+
+static void record(struct plan *p, uint64_t page)
+{
+    uint64_t chunk = page / PLAN_CHUNK;
+    if (!p->known || p->known[chunk / 8] & 1u << chunk % 8 || p->recorded_n >= ORDER_MAX)
+        return;
+    if (p->recorded_n == p->recorded_cap) {
+        size_t cap = p->recorded_cap ? p->recorded_cap * 2 : 64;
+        uint64_t *more = realloc(p->recorded, cap * sizeof *more);
+        if (!more)
+            return;
+        p->recorded = more;
+        p->recorded_cap = cap;
+    }
+    p->known[chunk / 8] |= (uint8_t)(1u << chunk % 8);
+    p->recorded[p->recorded_n++] = chunk;
 }
 
 static struct plan_walk *oldest(struct plan *p)
@@ -34,6 +65,7 @@ void plan_fault(struct plan *p, const struct pages *pages, uint64_t page, uint64
     *from = page;
     *to = page + 1;
     p->faults++;
+    record(p, page);
     if (p->order == CONTROL_ORDER_NONE || p->random)
         return;
     struct plan_walk *w = NULL;
@@ -78,6 +110,8 @@ void plan_touch(struct plan *p, uint64_t from, uint64_t to)
     if (!p->random && from + 1 >= p->touched && from <= p->touched && p->cursor < to)
         plan_move(p, to);
     p->touched = to;
+    for (uint64_t page = from; p->known && page < to; page += PLAN_CHUNK)
+        record(p, page);
 }
 
 static bool run_in(const struct pages *pages, uint64_t lo, uint64_t hi, uint64_t *from, uint64_t *to)
@@ -117,7 +151,7 @@ static bool backwards(struct plan *p, const struct pages *pages, uint64_t *from,
 
 bool plan_next(struct plan *p, const struct pages *pages, uint64_t *from, uint64_t *to)
 {
-    if (p->order == CONTROL_ORDER_NONE)
+    if (p->order == CONTROL_ORDER_NONE || p->learning)
         return false;
     if (recorded(p, pages, from, to) || (p->backwards && backwards(p, pages, from, to)))
         return true;

@@ -30,11 +30,15 @@ struct plan {
     uint64_t cursor;          /* where the background is */
     uint64_t faults, touched; /* touched: where the last call ended */
     struct plan_walk walks[PLAN_WALKS];
-    uint64_t *recorded; /* chunks, in the order in which they were first touched once; malloc'ed */
-    size_t recorded_n, recorded_at;
+    bool learning;      /* order=recorded with nothing recorded: the background would hide what is touched */
+    uint64_t *recorded; /* chunks, in the order in which they were first touched; malloc'ed. More come at the end */
+    size_t recorded_n, recorded_cap, recorded_at;
+    uint8_t *known; /* the set of them; NULL unless order=recorded */
 };
 
 void plan_init(struct plan *p, uint8_t order);
+/* For order=recorded: what was recorded before (taken over; NULL: nothing), of a region of that many chunks. */
+void plan_record(struct plan *p, uint64_t *recorded, size_t n, uint64_t chunks);
 void plan_free(struct plan *p);
 /* The window that a fault on `page` asks for; contains the page, and is within the region. */
 void plan_fault(struct plan *p, const struct pages *pages, uint64_t page, uint64_t *from, uint64_t *to);

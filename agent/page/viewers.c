@@ -212,8 +212,7 @@ struct mount *opening_pinned(struct pager *g, struct opening *o, uint32_t pin, c
         m->pin = pin;
         m->state = MOUNT_PINNED;
     }
-    if (m->plan.order == CONTROL_ORDER_NONE)
-        m->plan.order = o->how.order;
+    mount_order(m, o->how.order);
     o->request = 0;
     if (m->eager && !mount_complete(m)) {
         say_eager(p);

@@ -95,6 +95,7 @@ static void local_free(struct local *l)
     }
     records_close(&l->records);
     free(l->socket_path);
+    free(l->state_dir);
     free(l);
     done(arg);
 }
@@ -282,6 +283,7 @@ int local_start(struct local **out, uv_loop_t *loop, const char *socket_path, bo
     limit_blocks();
     l->listen_fd = l->lock_fd = -1;
     l->socket_path = strdup(socket_path);
+    l->state_dir = strdup(state_dir);
     gethostname(l->host, sizeof l->host - 1);
     error[0] = 0;
     int rc = listen_on(l, socket_path, error);
@@ -297,6 +299,7 @@ int local_start(struct local **out, uv_loop_t *loop, const char *socket_path, bo
         if (l->lock_fd >= 0)
             close(l->lock_fd);
         free(l->socket_path);
+        free(l->state_dir);
         free(l);
         return rc;
     }

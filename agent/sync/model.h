@@ -49,7 +49,7 @@ struct local {
     int phase;   /* of stopping */
     bool behind; /* the time for it was not enough */
     uint64_t idle_since, stop_by;
-    char *socket_path;
+    char *socket_path, *state_dir;
     char host[256];
     struct id identity;
     struct records records;

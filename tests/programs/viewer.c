@@ -8,6 +8,7 @@
  *   check M FILE OFFSET forward|backward|random:SEED|threads:N   every page of the mapping against FILE from OFFSET on
  *   fetch V OFFSET LENGTH FILE                    by FETCH and pread
  *   peek M OFFSET      a byte, or SIGBUS          punch V OFFSET LENGTH      advise V ADVICE OFFSET LENGTH    data V (bytes that are data)
+ *   has V OFFSET       1 when the byte's page is data
  *   time M             touches every page, one after the other: microseconds
  *   lat M COUNT SEED   touches pages at random, a thread: microseconds at 50, 99 and 100 of a hundred
  *   fork M FILE        a child without a registration must not read zeros (MADV_DONTFORK: SIGSEGV)
@@ -479,6 +480,8 @@ static void command(char *line)
         struct control_advise v = {a, (uint8_t)b, x, y};
         send_with(control_advise_put(message, sizeof message, &v), NULL, 0);
         printf("0\n");
+    } else if (sscanf(line, "has %u %llu", &a, &x) == 2) {
+        printf("%d\n", lseek(views[a].memfd, (off_t)x, SEEK_DATA) == (off_t)x);
     } else if (sscanf(line, "time %u", &a) == 1) {
         printf("0 %llu\n", (unsigned long long)do_time(a));
     } else if (sscanf(line, "lat %u %llu %llu", &a, &x, &y) == 3) {

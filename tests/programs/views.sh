@@ -4,7 +4,7 @@
 # timeout: 120
 . "$(dirname "$0")/../lib.sh"
 
-cases=(sizes orders private threads holes shares none looks refusals epochs exact advice punched forks fetch eager unmapped
+cases=(sizes orders private threads holes shares none looks refusals epochs exact advice punched forks fetch eager recorded unmapped
     cut restarted gone_epoch fetch_timeout agent_killed open_waits lingers)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
@@ -272,6 +272,36 @@ eager) # a program without userfaultfd has it all when open returns
     does 1 check 1 "$T/f" 0 forward
     says 1 -2 look g
     grep -q "fetched whole" "$T/viewer1.err" || fail "nothing was said"
+    ;;
+recorded) # what the last run touched first comes first, over a line on which the rest would take a quarter of a minute
+    start_remote
+    random_file f 30000000
+    put f
+    start_relay --rate 2000000
+    start_agent
+    viewer 1
+    does 1 open 1 recorded f
+    does 1 map 1 1 0 30000000 shared
+    ask 1 peek 1 25000000
+    ask 1 peek 1 21000000
+    does 1 fetch 1 28000000 5000 "$T/f"
+    says 1 0 has 1 20000000
+    does 1 close 1
+    saved() { [ -n "$(find "$T/state-local/orders" -type f ! -name '*.new' 2>/dev/null)" ]; }
+    poll 10 saved || fail "no order was kept"
+    kill_agent
+    start_agent
+    viewer 2
+    does 2 open 1 recorded f
+    all_there() {
+        local at
+        for at in 25000000 21000000 28000000; do
+            ask 2 has 1 $at
+            [ "$ANSWER" = 1 ] || return 1
+        done
+    }
+    poll 5 all_there || fail "what was touched is not there"
+    says 2 0 has 1 15000000
     ;;
 unmapped) # a range that is given up in part
     setup f 8000000
