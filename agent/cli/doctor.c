@@ -96,6 +96,22 @@ static void check_features(struct report *r)
         async ? "yes" : "no", unpopulated ? "yes" : "no");
 }
 
+static void check_pull(struct report *r)
+{
+    char why[512];
+    bool poison = probe_features() & KERNEL_UFFD_POISON;
+    if (probe_filling(why, sizeof why)) {
+        say(r, NOTE, "pulled regions are fetched whole before they open", "pull", "%s", why);
+        return;
+    }
+    say(r, poison ? GOOD : NOTE,
+        poison
+            ? NULL
+            : "on Linux before 6.6 a page that cannot be fetched any more keeps its threads waiting instead of raising "
+              "SIGBUS",
+        "pull", "a missing page of shared memory was waited for and filled; POISON %s", poison ? "yes" : "no");
+}
+
 static const char *file_system(const char *dir)
 {
     static const struct {
@@ -204,6 +220,7 @@ int command_doctor(const struct args *a)
     check_kernel(&r);
     check_userfaultfd(&r);
     check_features(&r);
+    check_pull(&r);
     for (int i = 0; i < a->count; i++)
         uffd = check_directory(&r, a->words[i]) && uffd;
     if (!a->count)

@@ -1,8 +1,11 @@
 #include "agent/cli/probe.h"
+#include "agent/page/uffd.h"
 #include "agent/track/kernel.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -138,6 +141,78 @@ int probe_tracking(const char *dir, char *why, size_t cap)
         close(uffd);
     if (pagemap >= 0)
         close(pagemap);
+    return rc;
+}
+
+struct waiting {
+    const volatile char *at;
+    char got;
+};
+
+static void *wait_there(void *arg)
+{
+    struct waiting *w = arg;
+    w->got = *w->at;
+    return NULL;
+}
+
+/* The thread faults at `seen`; `filled` is the agent's side. */
+static int fill_one(int uffd, char *filled, char *seen, size_t page, char *why, size_t cap)
+{
+    struct waiting w = {.at = seen + STORED * page};
+    uint64_t addr;
+    pthread_t thread;
+    char *bytes = malloc(page);
+    if (!bytes || pthread_create(&thread, NULL, wait_there, &w)) {
+        free(bytes);
+        return fail(-ENOMEM, "a thread", why, cap);
+    }
+    memset(bytes, 7, page);
+    struct pollfd p = {.fd = uffd, .events = POLLIN};
+    poll(&p, 1, 2000);
+    int faults = page_faults(uffd, &addr, 1);
+    int rc = page_copy(uffd, filled + STORED * page, bytes, page);
+    if (rc) /* not to leave it there */
+        page_zero(uffd, seen + STORED * page, page);
+    page_wake(uffd, (uintptr_t)seen, PAGES * page);
+    pthread_join(thread, NULL);
+    free(bytes);
+    if (rc)
+        return fail(rc, "UFFDIO_COPY into shared memory", why, cap);
+    if (faults != 1 || addr != (uintptr_t)w.at || w.got != 7) {
+        snprintf(why, cap, "a fault on a missing page was not told, or not answered");
+        return -EIO;
+    }
+    return 0;
+}
+
+int probe_filling(char *why, size_t cap)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), len = PAGES * page;
+    int memory = memfd_create("memsync-doctor", MFD_CLOEXEC), uffd = probe_uffd_any(NULL), rc = 0;
+    struct uffdio_api api = {.api = UFFD_API};
+    char *filled = MAP_FAILED, *seen = MAP_FAILED;
+    if (memory < 0 || ftruncate(memory, (off_t)len))
+        rc = fail(-errno, "a memfd", why, cap);
+    else if (uffd < 0)
+        rc = fail(uffd, "userfaultfd", why, cap);
+    else if (ioctl(uffd, UFFDIO_API, &api))
+        rc = fail(-errno, "UFFDIO_API", why, cap);
+    if (!rc && ((filled = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0)) == MAP_FAILED ||
+                (seen = mmap(NULL, len, PROT_READ, MAP_SHARED, memory, 0)) == MAP_FAILED))
+        rc = fail(-errno, "a memfd cannot be mapped", why, cap);
+    if (!rc && ((rc = page_uffd_watch(uffd, filled, len)) || (rc = page_uffd_watch(uffd, seen, len))))
+        rc = fail(rc, "shared memory cannot be watched for missing pages (Linux 4.11 and later can)", why, cap);
+    if (!rc)
+        rc = fill_one(uffd, filled, seen, page, why, cap);
+    if (filled != MAP_FAILED)
+        munmap(filled, len);
+    if (seen != MAP_FAILED)
+        munmap(seen, len);
+    if (uffd >= 0)
+        close(uffd);
+    if (memory >= 0)
+        close(memory);
     return rc;
 }
 

@@ -17,6 +17,9 @@ unsigned long long probe_features(void);
 /* A file is made in dir, mapped shared, armed, stored to and scanned: 0 when exactly the page stored to was found, and
  * none the next time; else a negative errno with what failed in why. */
 int probe_tracking(const char *dir, char *why, size_t cap);
+/* A memfd is mapped twice, a page of it is put in through one mapping while a thread waits for it in the other: 0 when
+ * that came through whole; else a negative errno with what failed in why. */
+int probe_filling(char *why, size_t cap);
 /* clear_refs and pagemap bit 55, round trip. */
 bool probe_softdirty(void);
 

@@ -24,7 +24,7 @@ static json_int_t number_of(json_t *object, const char *key)
 
 static bool is_wrong(const char *state)
 {
-    static const char *const wrong[] = {"degraded", "diverged", "fenced", "refused"};
+    static const char *const wrong[] = {"degraded", "diverged", "fenced", "refused", "failed"};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
         if (!strcmp(state, wrong[i]))
             return true;
@@ -37,6 +37,7 @@ static bool any_wrong(json_t *status)
     json_t *region;
     json_array_foreach(json_object_get(status, "regions"), i,
                        region) if (is_wrong(text_of(region, "state"))) return true;
+    json_array_foreach(json_object_get(status, "views"), i, region) if (is_wrong(text_of(region, "state"))) return true;
     return false;
 }
 
@@ -67,6 +68,28 @@ static void print_reason(json_t *region)
     printf("%s: %s%s%s%s\n", text_of(region, "name"), state, since, *reason ? ": " : "", reason);
 }
 
+static void print_view(json_t *view)
+{
+    char resident[32], size[32], both[80], flight[32];
+    snprintf(both, sizeof both, "%s of %s", cli_bytes((uint64_t)number_of(view, "resident"), resident),
+             cli_bytes((uint64_t)number_of(view, "size"), size));
+    printf("%-32s %-9s %7lld  %-24s %-9s %8lld %-8s %s\n", text_of(view, "name"), text_of(view, "state"),
+           (long long)number_of(view, "epoch"), both, cli_bytes((uint64_t)number_of(view, "in_flight"), flight),
+           (long long)number_of(view, "programs"), text_of(view, "order"), text_of(view, "remote"));
+}
+
+static void print_views(json_t *views)
+{
+    size_t i;
+    json_t *each;
+    if (!json_array_size(views))
+        return;
+    printf("\n%-32s %-9s %7s  %-24s %-9s %8s %-8s %s\n", "PULLED", "STATE", "EPOCH", "HERE", "COMING", "PROGRAMS",
+           "ORDER", "REMOTE");
+    json_array_foreach(views, i, each) print_view(each);
+    json_array_foreach(views, i, each) print_reason(each);
+}
+
 static void print_status(json_t *status)
 {
     size_t i;
@@ -81,6 +104,7 @@ static void print_status(json_t *status)
                *reason ? ": " : "", reason, cli_bytes((uint64_t)number_of(each, "bytes_out"), out),
                cli_bytes((uint64_t)number_of(each, "bytes_in"), in));
     }
+    print_views(json_object_get(status, "views"));
     if (!json_array_size(regions))
         return;
     printf("\n%-32s %-9s %7s  %-24s %-19s %-7s %s\n", "REGION", "STATE", "EPOCH", "BEHIND", "MEMORY", "TRACKER",
@@ -95,7 +119,7 @@ int command_status(const struct args *a)
     int rc = local_connect(&l);
     if (rc == -ENOENT) {
         if (a->json)
-            puts("{\"pid\": 0, \"regions\": [], \"programs\": [], \"remotes\": []}");
+            puts("{\"pid\": 0, \"regions\": [], \"views\": [], \"programs\": [], \"remotes\": []}");
         else
             printf("no agent is running on %s: nothing is tracked\n", l.socket);
         return CLI_DONE;

@@ -52,9 +52,9 @@
 #include "wire/control.h"
 #include "wire/shared.h"
 
-#define BULK_STREAMS 12u
+#define BULK_STREAMS 8u
 #define BULK_AHEAD_MIN (2u << 20)
-#define BULK_AHEAD_MAX (BULK_STREAMS * FRAME_WINDOW) /* below what a server lets lie unread */
+#define BULK_AHEAD_MAX (64u << 20) /* 1.6 GB/s over 40 ms; within the windows of the streams */
 #define BULK_SLACK_MS 3u
 #define DEMAND_READS 128u       /* under way: a server has SESSION_REQUESTS for a connection */
 #define HEAD_BYTES (256u << 10) /* comes with the pin; as much of the end is asked for next */

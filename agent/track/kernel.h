@@ -11,6 +11,7 @@
 #define KERNEL_UFFD_WP (1ULL << 0)              /* UFFD_FEATURE_PAGEFAULT_FLAG_WP */
 #define KERNEL_UFFD_WP_FILE (1ULL << 12)        /* UFFD_FEATURE_WP_HUGETLBFS_SHMEM */
 #define KERNEL_UFFD_WP_UNPOPULATED (1ULL << 13) /* 6.4 */
+#define KERNEL_UFFD_POISON (1ULL << 14)         /* 6.6 */
 #define KERNEL_UFFD_WP_ASYNC (1ULL << 15)       /* 6.7 */
 
 #ifndef UFFD_USER_MODE_ONLY
