@@ -291,9 +291,11 @@ static void read_on(struct reconcile *q)
     struct body *b = q->body;
     if (!q->err && (q->at < q->to || (!q->to && b->published.pages))) {
         if (q->to) {
-            q->job = !(q->err = job_run(q->link->local->loop, slice, slice_done, q));
+            int err = job_run(q->link->local->loop, slice, slice_done, q);
+            q->job = !err;
             if (q->job)
-                return;
+                return; /* what it says of q->err is its own */
+            q->err = err;
         } else {
             hashes_clear(&b->published, 0, b->published.pages);
         }
