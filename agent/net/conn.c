@@ -235,6 +235,7 @@ struct conn *conn_take(uv_stream_t *stream, const struct frame_hello *self, cons
     else
         snprintf(c->peer, sizeof c->peer, "%s", stream->type == UV_TCP ? "a peer that is gone" : "unix:peer");
     c->socks[0]->stream = stream;
+    stream->data = NULL; /* whatever its owner left there: sock_begin counts one that is not its own yet */
     c->state = CONN_GREETING;
     uv_timer_start(&c->timer, conn_on_timer, CONN_HELLO_MS, 0);
     sock_begin(c->socks[0]);
