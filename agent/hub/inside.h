@@ -201,6 +201,7 @@ struct hub_txn {
     bool begun, whole;               /* whole: every frame is in items */
     bool blocked;                    /* begun, but nothing is sent: the END before it on its lane is held back */
     bool handed, ended, told;        /* handed in; END is out; durable was called */
+    bool taken;                      /* told that it is durable */
     size_t withheld;                 /* bytes of the client's window not given back yet */
     uint64_t first_at, told_at;      /* first_at: of the first replica that settled it */
     uint8_t leg[HUB_REPLICAS];

@@ -29,6 +29,7 @@ bool leg_unanswered(const struct hub_txn *t, unsigned i)
 static void tell(struct hub_txn *t, int err, const char *text)
 {
     t->told = true;
+    t->taken = !err;
     t->told_at = hub_now(hub_of(t->s));
     txn_names_busy(t, -1);
     EACH_REPLICA(r, hub_of(t->s))
@@ -119,6 +120,11 @@ static void leg_failed(struct hub_txn *t, struct replica *r, const struct buf *p
     if (t->leg[r->index] == LEG_OPEN) /* it drops what comes for it up to its end, which this is */
         leg_abort(t, r);
     t->leg[r->index] = LEG_FAILED;
+    if (t->taken) { /* one that follows answers later than those that are in */
+        t->leg[r->index] = LEG_NONE;
+        replica_drop(r, false, "it refused an epoch that another took: %s", text);
+        return;
+    }
     if (!t->refusal) {
         snprintf(t->error, sizeof t->error, "%s", text);
         t->refusal = err;
@@ -161,15 +167,19 @@ void txns_lost(struct replica *r)
     hub_soon(r->hub);
 }
 
-/* Windows: while the fastest has less than CONN_LOW before it. */
+/* Windows: while the fastest has less than CONN_LOW before it. When nobody is left who takes it, its writer has to hear
+ * so: it does when it goes on. */
 static void credit(struct hub_txn *t)
 {
     if (!t->withheld || !t->spilled)
         return;
-    bool room = t->err != 0;
+    bool room = t->err != 0, taken = t->blocked;
     EACH_REPLICA(r, hub_of(t->s))
-    room |= r->state == REPLICA_IN && t->leg[r->index] == LEG_OPEN && conn_queued(r->conn, t->lane->stream) < CONN_LOW;
-    if (!room)
+    if (r->state == REPLICA_IN && t->leg[r->index] == LEG_OPEN) {
+        taken = true;
+        room |= conn_queued(r->conn, t->lane->stream) < CONN_LOW;
+    }
+    if (!room && taken)
         return;
     size_t bytes = t->withheld;
     t->withheld = 0;

@@ -9,7 +9,8 @@
  * replica is lost. An epoch is settled when no leg to a replica that is in is unanswered. It is durable if one of those
  * took it; who refused it then is out of step and dropped. All refused it: so does the hub. None is left: -ENOTCONN.
  *
- * The client's window is given back while the fastest replica has less than CONN_LOW of the stream before it. */
+ * The client's window is given back while the fastest replica has less than CONN_LOW of the stream before it, or none
+ * takes the epoch any more. */
 #include "agent/hub/txn.h"
 
 #include <errno.h>

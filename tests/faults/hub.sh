@@ -5,7 +5,7 @@
 # timeout: 300
 . "$(dirname "$0")/../lib.sh"
 
-cases=(killed stopped throttled joiner large foreign ahead evened unlinked hub_killed all_down fan_out held bad_urls)
+cases=(killed stopped throttled joiner large foreign ahead evened unlinked hub_killed all_down lost_in_bulk fan_out held bad_urls)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
 BOUND_MS=1250 # HUB_WAIT_MS and HUB_HOLD_MS
@@ -356,6 +356,27 @@ all_down() {
     more_acks 20 60
     end_program
     all_same a b d hub
+}
+
+# The only one goes while a large epoch is on its way, and the writer waits for room in its window: it is told, too.
+lost_in_bulk() {
+    start_agent a mem:
+    REMOTE=${address[a]}
+    start_relay --rate 2000
+    start_hub "$REMOTE"
+    head -c $((64 << 20)) /dev/urandom >"$T/bulk"
+    memory() { sed -n 's/^VmRSS:[[:space:]]*\([0-9]*\).*/\1/p' "/proc/${pid[hub]}/status"; }
+    local base import
+    base=$(memory)
+    MEMSYNC_REMOTE=$REMOTE "$BUILD/memsync" import "$T/bulk" bulk >"$T/import" 2>&1 &
+    import=$!
+    full() { [ "$(memory)" -gt $((base + 14000)) ]; } # nearly a window
+    poll 10 full || fail "the hub does not take a window ahead"
+    kill_agent a
+    start_agent a mem:
+    poll 30 gone "$import" || fail "the writer waits for ever: $(tail -n 5 "$T/hub.err")"
+    ! wait "$import" || fail "a lost epoch was acknowledged"
+    grep -q "no replica of this hub is in" "$T/import" || fail "it was not told why: $(cat "$T/import")"
 }
 
 # The local agent does it all by itself.
