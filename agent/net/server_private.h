@@ -22,6 +22,7 @@
 #define SESSION_BUCKETS 1024u
 #define SESSION_LANES 64u
 #define SERVER_PEERS 1024u
+#define SERVER_KEPT 256u /* pins without a connection */
 
 struct handle {
     TAILQ_ENTRY(handle) by_id, by_name;
@@ -66,7 +67,7 @@ struct pinned {
     TAILQ_ENTRY(pinned) link; /* server.pinned, when kept */
     struct store_pin *pin;
     unsigned refs;
-    bool keep;
+    bool keep, kept; /* kept: refs is 0 */
     uint64_t expires;
     struct id identity;
     struct frame_entry entry;
@@ -152,7 +153,8 @@ struct server {
     struct frame_hello self;
     struct listener_list listeners;
     struct session_list sessions;
-    struct pinned_list pinned; /* those kept, with pins or without */
+    struct pinned_list pinned; /* those to be kept, with pins or without */
+    unsigned kept_n;
     unsigned peers, work; /* sessions; requests under way in the store */
     uv_timer_t timer;
     uv_idle_t reader; /* runs while pieces of bulk can be started */
@@ -185,6 +187,7 @@ void session_epoch_orphan(struct session *s);                /* the session ends
 struct pinned *pinned_find(struct server *s, const struct id *identity, const char *name, uint64_t epoch, const struct id *lineage);
 /* For a pin of the store, which is taken over (given back when there is no memory). One reference. */
 struct pinned *pinned_new(struct server *s, struct store_pin *pin, const struct frame_entry *e, const struct id *identity, bool keep);
+void pinned_hold(struct server *s, struct pinned *p);
 void pinned_drop(struct server *s, struct pinned *p, bool lost); /* lost: with its connection, not given back */
 void pinned_expire(struct server *s, bool all);
 

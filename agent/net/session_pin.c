@@ -1,7 +1,8 @@
 /* Pins that outlive their connection. A viewer of a region must go on at the epoch it began with, or not at all: so
  * what it has pinned is kept for STORE_LEASE_MS after its connection is lost, and its identity takes it over by naming
  * the epoch. The old connection need not have been noticed as lost by then: live pins of the identity are shared
- * likewise. When the server stops, all are given back. */
+ * likewise. At most
+ * SERVER_KEPT are kept at a time; when the server stops, all are given back. */
 #include "agent/net/server_private.h"
 
 #include <stdlib.h>
@@ -17,13 +18,20 @@ struct pinned *pinned_find(struct server *s, const struct id *identity, const ch
     return NULL;
 }
 
+void pinned_hold(struct server *s, struct pinned *p)
+{
+    p->refs++;
+    s->kept_n -= p->kept;
+    p->kept = false;
+}
+
 struct pinned *pinned_new(struct server *s, struct store_pin *pin, const struct frame_entry *e,
                           const struct id *identity, bool keep)
 {
     struct pinned *p = keep ? pinned_find(s, identity, e->name, e->epoch, &e->lineage) : NULL;
     if (p) {
         store_unpin(pin);
-        p->refs++;
+        pinned_hold(s, p);
         return p;
     }
     p = calloc(1, sizeof *p);
@@ -41,6 +49,7 @@ static void pinned_free(struct server *s, struct pinned *p)
 {
     if (p->keep)
         TAILQ_REMOVE(&s->pinned, p, link);
+    s->kept_n -= p->kept;
     store_unpin(p->pin);
     free(p);
 }
@@ -49,10 +58,13 @@ void pinned_drop(struct server *s, struct pinned *p, bool lost)
 {
     if (--p->refs)
         return;
-    if (!lost || !p->keep || s->stopping)
+    if (!lost || !p->keep || s->stopping || s->kept_n >= SERVER_KEPT) {
         pinned_free(s, p);
-    else
-        p->expires = uv_now(s->loop) + STORE_LEASE_MS;
+        return;
+    }
+    p->kept = true;
+    s->kept_n++;
+    p->expires = uv_now(s->loop) + STORE_LEASE_MS;
 }
 
 void pinned_expire(struct server *s, bool all)

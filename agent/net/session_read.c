@@ -150,7 +150,7 @@ static void request_pin(struct session *s, uint32_t stream, const struct buf *pa
     r->head = f.head;
     struct pinned *of = f.epoch ? pinned_find(s->server, &s->peer.identity, f.name, f.epoch, &f.lineage) : NULL;
     if (of) {
-        of->refs++;
+        pinned_hold(s->server, of);
         pin_answer(r, of);
         session_request_free(r);
         return;

@@ -195,6 +195,9 @@ static void request_told(uint8_t type, const uint8_t *p, size_t len)
     uint32_t number = rd_u32(&rd);
     if (type == FRAME_READ) {
         r.reads[number % 256] |= r.pins[rd_u32(&rd) % PINS];
+    } else if (type == FRAME_PIN) { /* its beginning may come with it */
+        rd_str(&rd, name, sizeof name);
+        r.reads[number % 256] |= rd_left(&rd) ? (uint8_t)name_bit(name) : 0;
     } else if (type == FRAME_REMOVE) {
         rd_str(&rd, name, sizeof name);
         r.removed |= rd_u8(&rd) && !rd.bad && !strcmp(name, names[OURS]);
@@ -392,11 +395,19 @@ static void some_request(uint8_t type)
         wr_str(&w, names[how % MODEL_NAMES]);
     if (type == FRAME_REMOVE)
         wr_u8(&w, how >= 0xc0);
+    if (type == FRAME_PIN && how & 0x80) {
+        struct id some = {{how & 0x40}};
+        wr_u64(&w, in_u8(&r.in) % 4);
+        wr_copy(&w, some.b, sizeof some.b);
+        wr_u32(&w, how & 0x20 ? FRAME_READ_MAX : in_u16(&r.in));
+    }
     if (type == FRAME_READ || type == FRAME_HASH)
         wr_u32(&w, how & 1 ? r.pin : how & 2 ? r.pin - 1 : how);
     if (type == FRAME_READ) {
         wr_u64(&w, some_offset());
-        wr_u32(&w, how & 4 ? FRAME_DATA_MAX : how & 8 ? in_u16(&r.in) : FRAME_PAGE);
+        wr_u32(&w, how & 4 ? FRAME_DATA_MAX : how & 8 ? in_u16(&r.in) : how & 0x40 ? FRAME_READ_MAX : FRAME_PAGE);
+        if (how & 0x80)
+            wr_u8(&w, how >> 4 & 1);
     }
     if (type == FRAME_HASH) {
         wr_u64(&w, how & 4 ? some_offset() : how & 8 ? in_u8(&r.in) : 0);

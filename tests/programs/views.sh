@@ -5,7 +5,7 @@
 . "$(dirname "$0")/../lib.sh"
 
 cases=(sizes orders private threads holes shares none looks refusals epochs exact advice punched forks fetch eager recorded unmapped
-    cut restarted gone_epoch fetch_timeout agent_killed open_waits lingers)
+    cut restarted gone_epoch fetch_timeout agent_killed open_waits lingers unprivileged)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
 AGENT_PID=''
@@ -435,6 +435,11 @@ open_waits) # for the link, as long as HELLO says
     relay up
     answered 1 || fail "open was not answered"
     [ "$ANSWER" = 0 ] || fail "open: $ANSWER"
+    ;;
+unprivileged) # userfaultfd of user mode only
+    requires_root "to become somebody else"
+    as_nobody "$0" threads
+    as_nobody "$0" agent_killed
     ;;
 lingers) # a view that nobody has is there a while longer, for whoever comes next
     setup f 8000000
