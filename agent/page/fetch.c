@@ -271,6 +271,19 @@ void fetch_range(struct mount *m, struct answer *a, uint64_t offset, uint64_t le
     fetch_pump(m->pager);
 }
 
+void fetch_forget_program(struct mount *m, const struct program *p)
+{
+    for (struct fetching **at = &m->fetchings, *f; (f = *at);) {
+        if (f->answer->program != p) {
+            at = &f->next;
+            continue;
+        }
+        *at = f->next;
+        answer_drop(f->answer, -ECONNRESET);
+        free(f);
+    }
+}
+
 void fetch_forget(struct mount *m)
 {
     for (struct read *r = m->pager->reads; r; r = r->next)

@@ -189,6 +189,7 @@ bool fetch_demanded(const struct mount *m, uint64_t page);                    /*
 bool fetch_is_far(const struct mount *m, uint64_t page);
 /* Answers when the bytes are all here; the answer's reference is taken over. */
 void fetch_range(struct mount *m, struct answer *a, uint64_t offset, uint64_t len);
+void fetch_forget_program(struct mount *m, const struct program *p); /* its calls wait no more */
 void fetch_forget(struct mount *m); /* it goes, or failed */
 void fetch_unpin(struct pager *g, uint32_t pin);
 void fetch_pin(struct mount *m);

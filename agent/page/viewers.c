@@ -426,6 +426,8 @@ void page_program_gone(struct program *p)
         if (o->program == p)
             opening_end(g, o, -ECONNRESET);
     }
+    for (struct mount *m = g ? g->mounts : NULL; m; m = m->next)
+        fetch_forget_program(m, p);
     while (p->viewers)
         viewer_end(p->viewers);
 }

@@ -5,7 +5,7 @@
 . "$(dirname "$0")/../lib.sh"
 
 cases=(sizes orders private threads holes shares none looks refusals epochs exact advice punched forks fetch eager recorded unmapped
-    cut restarted gone_epoch fetch_timeout agent_killed open_waits lingers unprivileged)
+    cut restarted gone_epoch fetch_timeout agent_killed open_waits leaves lingers unprivileged)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
 AGENT_PID=''
@@ -435,6 +435,22 @@ open_waits) # for the link, as long as HELLO says
     relay up
     answered 1 || fail "open was not answered"
     [ "$ANSWER" = 0 ] || fail "open: $ANSWER"
+    ;;
+leaves) # a program that is killed in a call for what cannot come does not keep the agent
+    start_remote
+    random_file f 3000000
+    put f
+    start_relay
+    start_agent
+    viewer 1
+    pid=$MORE
+    does 1 open 1 none f
+    relay down
+    begin 1 fetch 1 2000000 5000 "$T/f"
+    ! answered 1 0.2 || fail "fetch without a link: $ANSWER"
+    kill -KILL "$pid"
+    kill -TERM "$AGENT_PID"
+    poll 5 gone "$AGENT_PID" || fail "the agent does not leave"
     ;;
 unprivileged) # userfaultfd of user mode only
     requires_root "to become somebody else"
