@@ -284,6 +284,7 @@ void name_detach(struct hub_name *n, struct replica *r);
 void name_attach_as(struct hub_name *n, struct replica *r, uint32_t stream, uint32_t handle);
 bool name_lease_good(const struct hub *h, const struct hub_name *n, const struct id *identity);
 void names_lost(struct replica *r);
+void names_give_back(struct replica *r);
 void names_unwanted(struct replica *r); /* attached there for a round only */
 void names_tick(struct hub *h);
 bool names_attached(struct replica *r); /* all leased ones, there */

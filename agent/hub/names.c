@@ -85,6 +85,13 @@ void name_attach_as(struct hub_name *n, struct replica *r, uint32_t stream, uint
     replica_ask_attach(r, stream, handle, n->text, true, on_name_attached, n);
 }
 
+void names_give_back(struct replica *r)
+{
+    for (unsigned i = 0; i < HUB_BUCKETS; i++)
+        for (struct hub_name *n = r->hub->names[i]; n; n = n->next)
+            name_detach(n, r);
+}
+
 void names_lost(struct replica *r)
 {
     for (unsigned i = 0; i < HUB_BUCKETS; i++)

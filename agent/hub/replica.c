@@ -274,11 +274,14 @@ static const struct conn_ops ops = {.open = on_open, .frame = on_frame, .drained
 
 static void leave(struct replica *r, enum replica_state state, const char *why, unsigned again_ms)
 {
+    bool refused = state == REPLICA_REFUSED;
     r->retry_at = hub_now(r->hub) + again_ms;
+    if (refused && r->greeted)
+        names_give_back(r); /* or whoever is to make way for us there would find it leased to us */
     replica_enter(r, state, why);
     lost(r);
     if (r->conn)
-        conn_close(r->conn, false, 0, NULL);
+        conn_close(r->conn, refused, 0, NULL);
 }
 
 void replica_drop(struct replica *r, bool slow, const char *format, ...)

@@ -5,7 +5,7 @@
 # timeout: 300
 . "$(dirname "$0")/../lib.sh"
 
-cases=(killed stopped throttled joiner large foreign ahead evened unlinked hub_killed all_down lost_in_bulk fan_out held bad_urls)
+cases=(killed stopped durable throttled joiner large foreign ahead evened unlinked hub_killed all_down lost_in_bulk fan_out held bad_urls)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
 BOUND_MS=1250 # HUB_WAIT_MS and HUB_HOLD_MS
@@ -186,20 +186,40 @@ foreign() {
     start_replicas a b c
     head -c 300000 /dev/urandom >"$T/other"
     MEMSYNC_REMOTE=${address[b]} "$BUILD/memsync" import "$T/other" "${W#/}/a" >/dev/null
-    start_hub "${address[a]}" "${address[c]}"
+    kill_agent b
+    start_hub "${address[a]}" "${address[b]}" "${address[c]}"
     start_program
+    start_agent b "$(store_of b)" # comes late
+    poll 30 hub_says "${address[b]} takes no part" || fail "the foreign one was not refused: $(tail "$T/hub.err")"
     more_acks 20
     stop_agent hub
-    HUB=hub:${address[a]},${address[b]},${address[c]}
-    start_agent hub "$HUB"
+    : >"$T/hub.err"
+    start_agent hub "$HUB" # is there when the hub starts
     more_acks 20
-    poll 30 hub_says "${address[b]} takes no part" || fail "the foreign one was not refused: $(tail "$T/hub.err")"
+    poll 30 hub_says "${address[b]} takes no part" || fail "the foreign one was not refused at the start: $(tail "$T/hub.err")"
     MEMSYNC_REMOTE=${address[b]} "$BUILD/memsync" export "${W#/}/a" "$T/there" >/dev/null
     same "$T/other" "$T/there"
     MEMSYNC_REMOTE=${address[b]} "$BUILD/memsync" rm "${W#/}/a" >/dev/null
     poll 30 is_in b || fail "b did not come in when the way was free: $(tail "$T/hub.err")"
     end_program
     all_same a b c hub
+}
+
+# What was acknowledged is on every one that is in, the slower one too.
+durable() {
+    start_replicas a b
+    REMOTE=${address[b]}
+    start_relay --delay 30
+    start_hub "${address[a]}" "$REMOTE"
+    start_program
+    more_acks 20
+    kill_agent hub
+    kill_agent b
+    local acked at
+    acked=$(awk '/ acked/ { n = $3 } END { print n + 0 }' "$T/said")
+    "$BUILD/memsync" recover "$T/store.b" >/dev/null
+    at=$("$writer" check "$T/store.b$W") || fail "the replica is not an epoch"
+    [ "$at" -ge "$acked" ] || fail "b is at epoch $at, but $acked was acknowledged"
 }
 
 # A file of one line, synced.
