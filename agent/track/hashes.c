@@ -87,7 +87,8 @@ static void blocks_free(struct hashes *h)
     hashes_forget_all_blocks(h);
     if (h->blocks)
         munmap(h->blocks, h->pages * sizeof *h->blocks);
-    free(h->blocks_used);
+    if (h->blocks_used)
+        munmap(h->blocks_used, h->pages / BLOCKS_STEP / 8);
     h->blocks = NULL;
     h->blocks_used = NULL;
 }
@@ -96,16 +97,19 @@ static void blocks_free(struct hashes *h)
 static void blocks_room(struct hashes *h, uint64_t pages)
 {
     size_t had = h->pages / BLOCKS_STEP / 8, want = pages / BLOCKS_STEP / 8;
-    uint8_t *used = realloc(h->blocks_used, want);
-    if (used) {
-        memset(used + had, 0, want - had);
+    uint8_t *used = table(h->blocks_used, had, want); /* untouched memory: a peer may name any size */
+    if (used)
         h->blocks_used = used;
-    }
     void *blocks = used ? table(h->blocks, h->pages * sizeof *h->blocks, pages * sizeof *h->blocks) : NULL;
     if (blocks)
         h->blocks = blocks;
-    else
+    else {
+        if (used) { /* longer by now than blocks_free thinks */
+            munmap(used, want);
+            h->blocks_used = NULL;
+        }
         blocks_free(h);
+    }
 }
 
 int hashes_room(struct hashes *h, uint64_t pages)
@@ -400,7 +404,8 @@ void hashes_forget_all_blocks(struct hashes *h)
         return;
     if (madvise(h->blocks, h->pages * sizeof *h->blocks, MADV_DONTNEED))
         memset(h->blocks, 0, h->pages * sizeof *h->blocks);
-    memset(h->blocks_used, 0, h->pages / BLOCKS_STEP / 8);
+    if (madvise(h->blocks_used, h->pages / BLOCKS_STEP / 8, MADV_DONTNEED))
+        memset(h->blocks_used, 0, h->pages / BLOCKS_STEP / 8);
     __atomic_fetch_sub(&all_bytes, h->blocks_bytes, __ATOMIC_RELAXED);
     __atomic_store_n(&h->blocks_bytes, 0, __ATOMIC_RELAXED);
 }
