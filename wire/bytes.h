@@ -196,4 +196,11 @@ static inline void wr_str(struct wr *w, const char *s)
     wr_copy(w, s, n);
 }
 
+/* Whether all of them are 0. Cheap for what is not: almost everything differs in its first bytes. */
+static inline bool bytes_zero(const void *bytes, size_t len)
+{
+    const uint8_t *p = bytes;
+    return !len || (!p[0] && !memcmp(p, p + 1, len - 1));
+}
+
 #endif

@@ -29,11 +29,6 @@ static int ask(struct peer *p, uint32_t pin, uint32_t number, uint64_t size)
     return peer_send(p, FRAME_READ, payload, sizeof payload);
 }
 
-static bool all_zeros(const uint8_t *p, size_t len)
-{
-    return !len || (!p[0] && !memcmp(p, p + 1, len - 1));
-}
-
 /* Runs of pages that are not zeros; the rest of the new file is holes. */
 static int write_data(int fd, const uint8_t *data, size_t len, uint64_t offset)
 {
@@ -41,7 +36,7 @@ static int write_data(int fd, const uint8_t *data, size_t len, uint64_t offset)
         size_t from = at;
         while (at < len) {
             size_t n = len - at < FRAME_PAGE ? len - at : FRAME_PAGE;
-            if (all_zeros(data + at, n))
+            if (bytes_zero(data + at, n))
                 break;
             at += n;
         }
@@ -51,7 +46,7 @@ static int write_data(int fd, const uint8_t *data, size_t len, uint64_t offset)
                 return -errno;
             done += (size_t)n;
         }
-        while (at < len && all_zeros(data + at, len - at < FRAME_PAGE ? len - at : FRAME_PAGE))
+        while (at < len && bytes_zero(data + at, len - at < FRAME_PAGE ? len - at : FRAME_PAGE))
             at += len - at < FRAME_PAGE ? len - at : FRAME_PAGE;
     }
     return 0;

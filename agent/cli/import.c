@@ -88,7 +88,7 @@ static int send_pages(struct import *m, uint64_t offset, uint32_t len, int *file
         }
         have += (uint32_t)n;
     }
-    if (!data[0] && !memcmp(data, data + 1, len - 1))
+    if (bytes_zero(data, len))
         return 0;
     struct frame_extent e = {.offset = offset, .len = len, .kind = FRAME_PAGES_DATA};
     size_t head = frame_pages_put(payload, sizeof payload, HANDLE, &e, 1);

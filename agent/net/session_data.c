@@ -18,11 +18,6 @@ struct piece {
     struct buf *data;
 };
 
-static bool all_zero(const uint8_t *p, size_t len)
-{
-    return !p[0] && !memcmp(p, p + 1, len - 1);
-}
-
 /* data NULL: zeros. */
 static void data_send(struct request *r, const struct buf *data, uint32_t len)
 {
@@ -42,7 +37,7 @@ static void data_send(struct request *r, const struct buf *data, uint32_t len)
 
 static void piece_send(struct request *r, const struct piece *p)
 {
-    bool zeros = all_zero(p->data->data, p->len);
+    bool zeros = bytes_zero(p->data->data, p->len);
     if (zeros)
         r->zeros += p->len;
     if (r->zeros && (!zeros || r->sent + r->zeros == r->len)) {

@@ -70,54 +70,40 @@ static int read_padded(int fd, uint8_t *to, size_t len, uint64_t offset, int fla
     return 0;
 }
 
-static int copy_aside(struct store_pin *pin, int fd, uint64_t from, uint64_t to)
+/* A piece of at most COPY_STEP, unless it is zeros, which the side file has of itself. */
+static int copy_aside(struct store_pin *pin, int fd, uint8_t *step, size_t len, uint64_t at)
 {
-    uint8_t *step = malloc(COPY_STEP);
-    int err = step ? 0 : -ENOMEM;
-    while (!err && from < to) {
-        size_t len = to - from < COPY_STEP ? (size_t)(to - from) : COPY_STEP;
-        err = read_padded(fd, step, len, from, 0);
-        if (!err && pwrite(pin->side, step, len, (off_t)from) != (ssize_t)len)
-            pin->lost = true;
-        if (pin->lost)
-            break;
-        from += len;
-    }
-    free(step);
-    return err;
+    int err = read_padded(fd, step, len, at, 0);
+    if (err || bytes_zero(step, len))
+        return err;
+    if (pin->used + len > pin->s->limits.pin_budget || pwrite(pin->side, step, len, (off_t)at) != (ssize_t)len)
+        pin->lost = true;
+    pin->used += len;
+    return 0;
 }
 
-/* Pages from .. to, none of them saved. */
+/* Pages from .. to, none of them saved. Where a hole begins is never asked: tmpfs looks for it page by page. */
 static int save_pages(struct store_pin *pin, int fd, uint64_t from, uint64_t to)
 {
     uint64_t at = from * FRAME_PAGE, end = to * FRAME_PAGE;
-    while (at < end && !pin->lost) {
+    uint8_t *step = malloc(end - at < COPY_STEP ? (size_t)(end - at) : COPY_STEP);
+    int err = step ? 0 : -ENOMEM;
+    while (!err && at < end && !pin->lost) {
         off_t data = lseek(fd, (off_t)at, SEEK_DATA);
         if (data < 0 && errno != ENXIO)
-            return -errno;
-        uint64_t start = data < 0 ? end : (uint64_t)data / FRAME_PAGE * FRAME_PAGE;
-        if (start >= end)
+            err = -errno;
+        if (data < 0 || (uint64_t)data >= end)
             break;
-        if (start < at)
-            start = at;
-        off_t hole = lseek(fd, (off_t)(start < (uint64_t)data ? (uint64_t)data : start), SEEK_HOLE);
-        if (hole < 0)
-            return -errno;
-        uint64_t stop = pages_of((uint64_t)hole) * FRAME_PAGE;
-        if (stop > end)
-            stop = end;
-        if (pin->used + (stop - start) > pin->s->limits.pin_budget) {
-            pin->lost = true;
-            break;
-        }
-        int err = copy_aside(pin, fd, start, stop);
-        if (err)
-            return err;
-        pin->used += stop - start;
-        at = stop;
+        if ((uint64_t)data > at)
+            at = (uint64_t)data / FRAME_PAGE * FRAME_PAGE;
+        size_t len = end - at < COPY_STEP ? (size_t)(end - at) : COPY_STEP;
+        err = copy_aside(pin, fd, step, len, at);
+        at += len;
     }
-    set_saved(pin, from, to);
-    return 0;
+    free(step);
+    if (!err)
+        set_saved(pin, from, to);
+    return err;
 }
 
 int pin_save(struct store_pin *pin, int fd, uint64_t from, uint64_t to)

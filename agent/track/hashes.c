@@ -1,6 +1,7 @@
 #include "agent/track/hashes.h"
 #include "agent/base/xxh3.h"
 #include "agent/track/extents.h"
+#include "wire/bytes.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -21,7 +22,7 @@ static struct page_hash valued(XXH128_hash_t h)
 struct page_hash page_hash_of(const uint8_t *page)
 {
     /* Zeros are told apart by looking: cheap, since almost every page differs in its first bytes. */
-    if (!page[0] && !memcmp(page, page + 1, PAGE - 1))
+    if (bytes_zero(page, PAGE))
         return HASH_ZEROS;
     return valued(XXH3_128bits(page, PAGE));
 }
@@ -297,43 +298,47 @@ uint64_t hashes_next_unknown(const struct hashes *h, uint64_t page)
 
 /* ---- files ---- */
 
+/* At most HASH_SCRATCH bytes of pages. */
 static int read_run(struct hashes *h, int fd, uint64_t from, uint64_t to, uint8_t *scratch)
 {
-    while (from < to) {
-        size_t len = (to - from) * PAGE < HASH_SCRATCH ? (size_t)(to - from) * PAGE : HASH_SCRATCH, have = 0;
-        while (have < len) {
-            ssize_t n = pread(fd, scratch + have, len - have, (off_t)(from * PAGE + have));
-            if (n < 0 && errno == EINTR)
-                continue;
-            if (n < 0)
-                return -errno;
-            if (!n)
-                break;
-            have += (size_t)n;
-        }
-        memset(scratch + have, 0, len - have);
-        hashes_take(h, from, scratch, len / PAGE);
-        from += len / PAGE;
+    size_t len = (size_t)(to - from) * PAGE, have = 0;
+    while (have < len) {
+        ssize_t n = pread(fd, scratch + have, len - have, (off_t)(from * PAGE + have));
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return -errno;
+        if (!n)
+            break;
+        have += (size_t)n;
     }
+    memset(scratch + have, 0, len - have);
+    hashes_take(h, from, scratch, len / PAGE);
     return 0;
 }
 
+static bool zeros(const struct hashes *h, uint64_t from, uint64_t to)
+{
+    while (from < to && !h->at[from].lo && !h->at[from].hi)
+        from++;
+    return from == to;
+}
+
+/* A hole is asked for only behind zeros, and its beginning never: tmpfs looks for the end of data page by page. */
 int hashes_read(struct hashes *h, int fd, uint64_t from, uint64_t to, uint8_t *scratch)
 {
     int rc = hashes_room(h, to);
     while (!rc && from < to) {
-        off_t data = lseek(fd, (off_t)(from * PAGE), SEEK_DATA);
-        if (data < 0 && errno != ENXIO) /* a file system without holes: all of it is data */
-            return read_run(h, fd, from, to, scratch);
-        uint64_t first = data < 0 || (uint64_t)data / PAGE > to ? to : (uint64_t)data / PAGE;
-        hashes_clear(h, from, first);
-        off_t hole = first < to ? lseek(fd, data, SEEK_HOLE) : 0;
-        uint64_t past = hole < 0 || (uint64_t)hole / PAGE >= to ? to : ((uint64_t)hole + PAGE - 1) / PAGE;
-        if (past > to)
-            past = to;
-        if (first < to)
-            rc = read_run(h, fd, first, past, scratch);
-        from = first < to ? past : to;
+        uint64_t end = to - from < HASH_SCRATCH / PAGE ? to : from + HASH_SCRATCH / PAGE;
+        rc = read_run(h, fd, from, end, scratch);
+        bool skip = !rc && end < to && zeros(h, from, end);
+        from = end;
+        off_t data = skip ? lseek(fd, (off_t)(from * PAGE), SEEK_DATA) : 0;
+        if (!skip || (data < 0 && errno != ENXIO))
+            continue;
+        end = data < 0 || (uint64_t)data / PAGE > to ? to : (uint64_t)data / PAGE;
+        hashes_clear(h, from, end);
+        from = end;
     }
     return rc;
 }
