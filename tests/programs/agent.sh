@@ -46,7 +46,7 @@ says 3 /dev/null/x -- --listen 127.0.0.1:0 --store file:/dev/null/x
 start() {
     "$agent" "$@" >"$T/out" 2>"$T/err" &
     pid=$!
-    poll 5 grep -q "^listening" "$T/out" || fail "memsync-agent $* does not listen: $(cat "$T/err")"
+    poll 20 grep -q "^listening" "$T/out" || fail "memsync-agent $* does not listen: $(cat "$T/err")"
 }
 ends() { # by signal $1, with 0
     local code=0
