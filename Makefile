@@ -127,7 +127,7 @@ check-long:
 check-sanitize:
 	@tests/deps.sh build check
 	@$(MAKE) --no-print-directory BUILD=build-sanitize OPT='-O1 -g' SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=undefined' tests
-	@BUILD=build-sanitize tests/run.sh unit faults
+	@BUILD=build-sanitize ASAN_OPTIONS=quarantine_size_mb=16 tests/run.sh unit faults
 
 # Parsers and sessions against bytes that nobody would send: all targets, SECONDS together (tests/fuzz/run.sh).
 SECONDS ?= 60
