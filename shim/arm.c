@@ -1,6 +1,7 @@
-/* Arming: userfaultfd in its asynchronous write-protect mode, one descriptor a process. Nobody reads it: the kernel
- * itself lifts the protection at the first store and leaves the page-table bit that the agent's scan collects. The
- * descriptor is kept open because closing the last one unregisters. */
+/* Arming: userfaultfd, one descriptor a process, for both of its uses. Mappings of tracked files are write-protected in
+ * its asynchronous mode: the kernel itself lifts the protection at the first store and leaves the page-table bit that
+ * the agent's scan collects. Mappings of views are registered for missing faults, which the agent reads and answers.
+ * The descriptor is kept open because closing the last one unregisters: what is missing would read as zeros. */
 #include "shim/shim.h"
 
 #include "agent/track/kernel.h"
@@ -8,7 +9,8 @@
 #define WANTED (KERNEL_UFFD_WP | KERNEL_UFFD_WP_FILE | KERNEL_UFFD_WP_UNPOPULATED | KERNEL_UFFD_WP_ASYNC)
 
 int arm_kept = -1;
-static bool tried;
+bool arm_user_mode_only;
+static bool tried, protects, misses; /* what the kernel can do for us */
 static char reason[192];
 
 static int open_any(void)
@@ -17,10 +19,12 @@ static int open_any(void)
     if (dev >= 0) {
         int fd = (int)syscall(SYS_ioctl, dev, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
         raw_close(dev);
+        arm_user_mode_only = false;
         if (fd >= 0)
             return fd;
     }
     int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    arm_user_mode_only = fd < 0;
     if (fd < 0)
         fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
     return fd < 0 ? -errno : fd;
@@ -54,14 +58,18 @@ static void open_once(void)
         return;
     }
     raw_close(fd);
-    if ((has & WANTED) != WANTED) {
+    protects = (has & WANTED) == WANTED;
+    misses = has & UFFD_FEATURE_MISSING_SHMEM;
+    uint64_t wanted = (protects ? WANTED : 0) | (misses ? UFFD_FEATURE_MISSING_SHMEM : 0);
+    if (!protects)
         say_format(reason, sizeof reason,
                    "this kernel's userfaultfd has no asynchronous write protection (Linux 6.7 or later has); use "
                    "strategy hash");
+    if (!wanted)
         return;
-    }
-    fd = open_with(WANTED, &has);
-    if (fd < 0 || (has & WANTED) != WANTED) {
+    fd = open_with(wanted, &has);
+    if (fd < 0 || (has & wanted) != wanted) {
+        protects = misses = false;
         say_format(reason, sizeof reason, "userfaultfd refused its features (%e)", fd);
         if (fd >= 0)
             raw_close(fd);
@@ -75,14 +83,32 @@ const char *arm_reason(void)
     return reason;
 }
 
+static void ready(void)
+{
+    if (tried)
+        return;
+    open_once();
+    if (arm_kept >= 0)
+        client_uffd(arm_kept);
+}
+
+bool arm_can_miss(void)
+{
+    ready();
+    return misses;
+}
+
+int arm_missing(uint64_t addr, uint64_t len)
+{
+    ready();
+    struct uffdio_register r = {.range = {.start = addr, .len = len}, .mode = UFFDIO_REGISTER_MODE_MISSING};
+    return !misses ? -ENOTSUP : syscall(SYS_ioctl, arm_kept, UFFDIO_REGISTER, &r) ? -errno : 0;
+}
+
 int arm_range(uint64_t addr, uint64_t len)
 {
-    if (!tried) {
-        open_once();
-        if (arm_kept >= 0)
-            client_uffd(arm_kept);
-    }
-    if (arm_kept < 0)
+    ready();
+    if (!protects)
         return -ENOTSUP;
     struct uffdio_register r = {.range = {.start = addr, .len = len}, .mode = UFFDIO_REGISTER_MODE_WP};
     if (syscall(SYS_ioctl, arm_kept, UFFDIO_REGISTER, &r)) {
@@ -106,5 +132,5 @@ void arm_fork_child(void)
     if (arm_kept >= 0)
         raw_close(arm_kept);
     arm_kept = -1;
-    tried = false;
+    tried = protects = misses = false;
 }

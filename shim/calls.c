@@ -388,7 +388,7 @@ static void *open_from(void *(*real)(const char *, int), const char *file, int m
     for (unsigned i = 0; i < search.info.dls_cnt; i++) {
         char path[CONTROL_PATH];
         size_t n = say_format(path, sizeof path, "%s/%s", search.info.dls_serpath[i].dls_name, file);
-        void *handle = n + 1 < sizeof path && !access(path, R_OK) ? real(path, mode) : NULL;
+        void *handle = n + 1 < sizeof path && !raw_access(path, R_OK) ? real(path, mode) : NULL;
         if (handle)
             return handle;
     }

@@ -42,13 +42,15 @@ bool client_connected(void)
 static bool still_ours(void)
 {
     struct stat st;
-    return client_fd >= 0 && !fstat(client_fd, &st) && S_ISSOCK(st.st_mode) && st.st_ino == socket_ino;
+    return client_fd >= 0 && !raw_fstat(client_fd, &st) && S_ISSOCK(st.st_mode) && st.st_ino == socket_ino;
 }
 
 static void lost(void)
 {
-    if (still_ours())
+    if (still_ours()) {
+        syscall(SYS_shutdown, client_fd, SHUT_RDWR); /* whoever polls it must see */
         raw_close(client_fd);
+    }
     client_fd = -1;
     if (state == CLIENT_UP) {
         state = CLIENT_LOST;
@@ -119,15 +121,33 @@ int client_send(const void *message, size_t len, const int *fds, unsigned nfds)
     return rc;
 }
 
-static long receive(void *to, size_t cap, int flags)
+/* fds has room for CONTROL_FDS; NULL: a descriptor sent to us is dropped by the kernel. */
+static long receive(void *to, size_t cap, int *fds, unsigned *nfds)
 {
-    /* No room for control messages: a descriptor sent to us is dropped by the kernel. */
+    union {
+        struct cmsghdr head;
+        char space[CMSG_SPACE(CONTROL_FDS * sizeof(int))];
+    } control;
     struct iovec iov = {.iov_base = to, .iov_len = cap};
     struct msghdr m = {.msg_iov = &iov, .msg_iovlen = 1};
+    if (fds) {
+        m.msg_control = &control;
+        m.msg_controllen = sizeof control;
+    }
     long n;
     do
-        n = syscall(SYS_recvmsg, client_fd, &m, flags);
+        n = syscall(SYS_recvmsg, client_fd, &m, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     while (n < 0 && errno == EINTR);
+    if (n < 0 || !fds)
+        return n;
+    *nfds = 0;
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(&m); c; c = CMSG_NXTHDR(&m, c)) {
+        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+            continue;
+        unsigned got = (unsigned)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+        memcpy(fds + *nfds, CMSG_DATA(c), got * sizeof(int));
+        *nfds += got;
+    }
     return n;
 }
 
@@ -151,7 +171,7 @@ static int connect_once(const struct sockaddr_un *to)
         return -EACCES;
     }
     struct stat st;
-    if (fstat(fd, &st)) {
+    if (raw_fstat(fd, &st)) {
         raw_close(fd);
         return -EIO;
     }
@@ -199,7 +219,7 @@ static int hello_answer(void)
     int rc = wait_ready(POLLIN, raw_now_ms() + CONNECT_MS);
     if (rc)
         return rc;
-    long n = receive(client_buffer, sizeof client_buffer, MSG_DONTWAIT);
+    long n = receive(client_buffer, sizeof client_buffer, NULL, NULL);
     if (n <= 0)
         return n ? -errno : -EPIPE;
     static struct control_text text;
@@ -270,6 +290,7 @@ static void announce(bool taken_over)
             client_marks(n);
     }
     maps_announce_all(taken_over);
+    view_announce();
 }
 
 static bool attach(void)
@@ -415,16 +436,29 @@ void client_notices(void)
     if (!s || __atomic_load_n(&s->notices, __ATOMIC_ACQUIRE) == __atomic_load_n(&notices_seen, __ATOMIC_RELAXED))
         return;
     struct held h = shim_lock();
+    client_read();
+    shim_unlock(&h);
+}
+
+void client_read(void)
+{
     static struct control_text text;
     while (state == CLIENT_UP && still_ours()) {
-        long n = receive(client_buffer, sizeof client_buffer, MSG_DONTWAIT);
+        int fds[CONTROL_FDS];
+        unsigned nfds = 0;
+        long n = receive(client_buffer, sizeof client_buffer, fds, &nfds);
         if (n <= 0)
             break;
-        if (control_type_of(client_buffer, (size_t)n) != CONTROL_NOTICE ||
-            control_text_get(client_buffer, (size_t)n, &text))
+        uint8_t type = control_type_of(client_buffer, (size_t)n);
+        if (type == CONTROL_VIEW) {
+            view_arrived(client_buffer, (size_t)n, fds, nfds);
+            continue;
+        }
+        for (unsigned i = 0; i < nfds; i++)
+            raw_close(fds[i]);
+        if (type != CONTROL_NOTICE || control_text_get(client_buffer, (size_t)n, &text))
             continue;
         __atomic_add_fetch(&notices_seen, 1, __ATOMIC_RELAXED);
         say(SAY_WARN, "%s", text.text);
     }
-    shim_unlock(&h);
 }

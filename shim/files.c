@@ -36,7 +36,7 @@ static void set(int fd, uint32_t entry)
 
 bool files_identify(int fd, struct statx *st)
 {
-    return !statx(fd, "", AT_EMPTY_PATH | AT_STATX_SYNC_AS_STAT, STATX_BASIC_STATS | STATX_BTIME, st);
+    return !raw_statx(fd, "", AT_EMPTY_PATH | AT_STATX_SYNC_AS_STAT, STATX_BASIC_STATS | STATX_BTIME, st);
 }
 
 void files_source(const struct statx *st, uint64_t *dev, struct source *s)
@@ -137,14 +137,19 @@ static uint32_t resolve(int fd, int how)
         return FD_UNMATCHED;
     }
     int flags = raw_fcntl(fd, F_GETFL, 0);
-    if (flags < 0 || (flags & O_PATH) || (flags & O_ACCMODE) == O_RDONLY) {
+    if (flags >= 0 && (flags & O_PATH)) {
+        uint32_t kept = view_adopt(fd, &st);
+        set(fd, kept ? kept : FD_READER);
+        return kept ? kept : FD_READER;
+    }
+    if (flags < 0 || (flags & O_ACCMODE) == O_RDONLY) {
         set(fd, FD_READER);
         return FD_READER;
     }
     uint32_t n = find(&st), entry = FD_UNMATCHED;
     if (!n && st.stx_nlink && path_of(fd, path)) {
         const struct rule *rule = rules_match(&shim.rules, path);
-        if (rule && rule->mode != RULE_NONE && client_up())
+        if (rule && rule->mode == RULE_PUSH && client_up())
             n = new_region(&st, rule, path, fd, how);
         else if (!rule)
             say(SAY_DEBUG, "%s matches no rule", path);
@@ -185,6 +190,7 @@ void files_opened(int fd, int how)
         return;
     struct held h = shim_lock();
     uint32_t stale = files_entry(fd), entry = FD_UNMATCHED;
+    view_closed(stale);
     set(fd, FD_UNKNOWN);
     if (files_tracked(stale)) { /* closed behind our back */
         files_region(files_number(stale))->fds--;
@@ -200,7 +206,7 @@ void files_opened(int fd, int how)
 void files_renewed(int fd)
 {
     uint32_t stale = files_entry(fd);
-    if (!files_tracked(stale)) {
+    if (!files_tracked(stale) && !files_viewed(stale)) {
         set(fd, FD_UNKNOWN);
         return;
     }
@@ -208,17 +214,24 @@ void files_renewed(int fd)
         return;
     struct held h = shim_lock();
     set(fd, FD_UNKNOWN);
-    files_region(files_number(stale))->fds--;
-    files_release_idle(files_number(stale));
+    view_closed(stale);
+    if (files_tracked(stale)) {
+        files_region(files_number(stale))->fds--;
+        files_release_idle(files_number(stale));
+    }
     shim_unlock(&h);
 }
 
 void files_copied(int oldfd, int newfd)
 {
     uint32_t entry = files_entry(oldfd);
+    if (files_viewed(entry)) {
+        view_copied(entry, newfd);
+        return;
+    }
     if (!files_tracked(entry)) {
         /* Unknown, not copied: a vfork child changes its parent's table here, and unknown is never wrong. */
-        if (!files_tracked(files_entry(newfd)))
+        if (!files_tracked(files_entry(newfd)) && !files_viewed(files_entry(newfd)))
             set(newfd, FD_UNKNOWN);
         return;
     }
@@ -395,7 +408,7 @@ struct closing files_close_begin(int fd)
 {
     struct closing c = {0};
     uint32_t entry = files_entry(fd);
-    if (!files_tracked(entry)) {
+    if (!files_tracked(entry) && !files_viewed(entry)) {
         set(fd, FD_UNKNOWN);
         return c;
     }
@@ -403,6 +416,10 @@ struct closing files_close_begin(int fd)
         return c;
     struct held h = shim_lock();
     entry = files_entry(fd);
+    if (files_viewed(entry)) {
+        set(fd, FD_UNKNOWN);
+        view_closed(entry);
+    }
     if (files_tracked(entry)) {
         c.number = files_number(entry);
         files_region(c.number)->fds--;

@@ -14,6 +14,7 @@ static void prepare(void)
     if (!shim_active() || !shim_mine())
         return;
     over = shim_lock();
+    view_fork_prepare();
     holding = true;
 }
 
@@ -23,6 +24,7 @@ static void parent(void)
         return;
     holding = false;
     struct held h = over;
+    view_fork_parent();
     h.error = errno;
     shim_unlock(&h);
 }
@@ -38,7 +40,7 @@ static void child(void)
     arm_fork_child();
     files_fork_child();
     maps_fork_child();
-    if (maps.count)
+    if (view_fork_child() || maps.count)
         client_up();
     shim_unlock(&h);
 }

@@ -1,6 +1,7 @@
 /* Opening, copying and closing descriptors, and the sync points on them. Read-only opens cost nothing: only what can be
  * written is looked at. */
 #include "shim/real.h"
+#include "shim/view.h"
 
 #include <pthread.h>
 
@@ -33,9 +34,18 @@ static int opened(int fd, int flags)
         va_end(args);                                                                                                  \
     }
 
+/* Where a pull rule presents a remote region, nothing is opened on the disk. */
+#define PULLED(dir, path, flags)                                                                                       \
+    if (__builtin_expect(view_pulls, false) && shim_active()) {                                                        \
+        int pulled_ = view_open(dir, path, flags);                                                                     \
+        if (pulled_ != VIEW_NOT_OURS)                                                                                  \
+            return pulled_;                                                                                            \
+    }
+
 SHIM_EXPORT int open(const char *path, int flags, ...)
 {
     MODE_OF(flags, mode)
+    PULLED(AT_FDCWD, path, flags)
     return opened(real.open ? real.open(path, flags, mode) : raw_openat(AT_FDCWD, path, flags, mode), flags);
 }
 
@@ -43,12 +53,14 @@ SHIM_EXPORT int open64(const char *path, int flags, ...)
 {
     MODE_OF(flags, mode)
     flags |= O_LARGEFILE;
+    PULLED(AT_FDCWD, path, flags)
     return opened(real.open64 ? real.open64(path, flags, mode) : raw_openat(AT_FDCWD, path, flags, mode), flags);
 }
 
 SHIM_EXPORT int openat(int dir, const char *path, int flags, ...)
 {
     MODE_OF(flags, mode)
+    PULLED(dir, path, flags)
     return opened(real.openat ? real.openat(dir, path, flags, mode) : raw_openat(dir, path, flags, mode), flags);
 }
 
@@ -56,6 +68,7 @@ SHIM_EXPORT int openat64(int dir, const char *path, int flags, ...)
 {
     MODE_OF(flags, mode)
     flags |= O_LARGEFILE;
+    PULLED(dir, path, flags)
     return opened(real.openat64 ? real.openat64(dir, path, flags, mode) : raw_openat(dir, path, flags, mode), flags);
 }
 
@@ -133,7 +146,8 @@ static int raw_close_range(unsigned first, unsigned last, int flags)
 static int close_between(unsigned first, unsigned last, int flags)
 {
     for (unsigned fd = first; fd <= last && fd < SHIM_FDS; fd++) {
-        if (files_tracked(files_entry((int)fd)))
+        uint32_t entry = files_entry((int)fd);
+        if (files_tracked(entry) || files_viewed(entry))
             close((int)fd);
         else
             __atomic_store_n(&files_fd[fd], FD_UNKNOWN, __ATOMIC_RELAXED);
@@ -144,6 +158,9 @@ static int close_between(unsigned first, unsigned last, int flags)
             own = (unsigned)client_fd;
         if (arm_kept >= 0 && (unsigned)arm_kept >= first && (unsigned)arm_kept < own)
             own = (unsigned)arm_kept;
+        int viewed = view_count ? view_own_above((int)first) : -1;
+        if (viewed >= 0 && (unsigned)viewed < own)
+            own = (unsigned)viewed;
         if (own > last || own == ~0u)
             return raw_close_range(first, last, flags);
         if (own > first && raw_close_range(first, own - 1, flags))
@@ -176,7 +193,7 @@ static int copied(int oldfd, int newfd)
 {
     if (newfd >= 0 && shim_active()) {
         int saved = errno;
-        if (files_tracked(files_entry(newfd)))
+        if (files_tracked(files_entry(newfd)) || files_viewed(files_entry(newfd)))
             files_renewed(newfd);
         files_copied(oldfd, newfd);
         errno = saved;
@@ -238,13 +255,40 @@ SHIM_EXPORT int dup3(int oldfd, int newfd, int flags)
     return dup_over(oldfd, newfd, flags, true);
 }
 
+/* What fcntl says of a pulled file as of any other that is open for reading. Locks hold against nobody: no one can
+ * write to it. false: the kernel's answer is right. */
+static bool view_control(int fd, int command, void *arg, int *rc)
+{
+    struct flock *lock = arg;
+    bool locks = command == F_GETLK || command == F_SETLK || command == F_SETLKW || command == F_OFD_GETLK ||
+                 command == F_OFD_SETLK || command == F_OFD_SETLKW;
+    if ((!locks && command != F_GETFL && command != F_SETFL) || !view_of(fd))
+        return false;
+    *rc = command == F_GETFL ? O_RDONLY | O_LARGEFILE : 0;
+    int e = 0;
+    if (locks && !raw_readable(lock, sizeof *lock))
+        e = EFAULT;
+    else if (locks && lock->l_type == F_WRLCK && command != F_GETLK && command != F_OFD_GETLK)
+        e = EBADF;
+    else if (command == F_GETLK || command == F_OFD_GETLK)
+        lock->l_type = F_UNLCK;
+    if (e) {
+        errno = e;
+        *rc = -1;
+    }
+    return true;
+}
+
 static int control(int fd, int command, void *arg, __typeof__(&fcntl) call)
 {
     if (shim_active() && hidden(fd)) {
         errno = EBADF;
         return -1;
     }
-    int rc = call ? call(fd, command, arg) : raw_fcntl(fd, command, (long)arg);
+    int rc;
+    if (view_maybe(fd) && view_control(fd, command, arg, &rc))
+        return rc;
+    rc = call ? call(fd, command, arg) : raw_fcntl(fd, command, (long)arg);
     return command == F_DUPFD || command == F_DUPFD_CLOEXEC ? copied(fd, rc) : rc;
 }
 
@@ -281,6 +325,8 @@ static int raw_fdatasync(int fd)
 static int sync_file(int fd, int (*call)(int))
 {
     uint32_t region = shim_active() && __atomic_load_n(&files_open, __ATOMIC_RELAXED) ? files_lookup(fd) : 0;
+    if (view_maybe(fd) && view_of(fd))
+        return 0; /* nothing of it can be unwritten */
     if (!region || !shim_mine())
         return call(fd);
     struct ticket t;

@@ -8,7 +8,7 @@
  *
  * Calls that touch no range of ours are told apart without the lock: by the hull, and inside it by a search that is
  * repeated when the table's sequence moved meanwhile. Tables that were outgrown stay mapped for such readers. */
-#include "shim/shim.h"
+#include "shim/view.h"
 
 #include <pthread.h>
 #include <string.h>
@@ -21,29 +21,44 @@ static uint64_t hull_low = UINT64_MAX, hull_high;
 
 /* ---- the table under its sequence */
 
-static bool room(void)
+bool maps_room(struct ranges *t)
 {
-    if (maps.count + 2 <= maps.cap)
+    if (t->count + 2 <= t->cap)
         return true;
-    size_t cap = maps.cap ? maps.cap * 2 : 512;
+    size_t cap = t->cap ? t->cap * 2 : 512;
     struct range *at = raw_memory(cap * sizeof *at);
     if (!at)
         return false;
-    memcpy(at, maps.at, maps.count * sizeof *at);
-    __atomic_store_n(&maps.at, at, __ATOMIC_RELEASE);
-    maps.cap = cap;
+    memcpy(at, t->at, t->count * sizeof *at);
+    __atomic_store_n(&t->at, at, __ATOMIC_RELEASE);
+    t->cap = cap;
     return true;
 }
 
-static void change_begin(void)
+static bool room(void)
+{
+    return maps_room(&maps);
+}
+
+void maps_change_begin(void)
 {
     __atomic_add_fetch(&sequence, 1, __ATOMIC_SEQ_CST);
 }
 
-static void change_end(void)
+/* One hull around both tables: what lies outside is told apart by it alone. */
+void maps_change_end(void)
 {
-    __atomic_store_n(&hull_low, maps.count ? maps.at[0].start : UINT64_MAX, __ATOMIC_RELAXED);
-    __atomic_store_n(&hull_high, maps.count ? maps.at[maps.count - 1].end : 0, __ATOMIC_RELAXED);
+    uint64_t low = UINT64_MAX, high = 0;
+    const struct ranges *const tables[] = {&maps, &view_maps};
+    for (int i = 0; i < 2; i++) {
+        const struct ranges *t = tables[i];
+        if (t->count && t->at[0].start < low)
+            low = t->at[0].start;
+        if (t->count && t->at[t->count - 1].end > high)
+            high = t->at[t->count - 1].end;
+    }
+    __atomic_store_n(&hull_low, low, __ATOMIC_RELAXED);
+    __atomic_store_n(&hull_high, high, __ATOMIC_RELAXED);
     __atomic_add_fetch(&sequence, 1, __ATOMIC_SEQ_CST);
 }
 
@@ -52,7 +67,13 @@ static uint64_t pages(uint64_t len)
     return (len + shim_page - 1) & ~(shim_page - 1);
 }
 
-/* Whether [start, start + len) touches a range, without the lock. */
+static bool shows(const struct ranges *t, uint64_t start, uint64_t end)
+{
+    struct ranges now = {.at = __atomic_load_n(&t->at, __ATOMIC_RELAXED), .count = t->count};
+    return ranges_find(&now, start, end) != NULL;
+}
+
+/* Whether [start, start + len) touches a range of either table, without the lock. */
 static bool touches(uint64_t start, uint64_t len)
 {
     uint64_t end = start + pages(len) < start ? UINT64_MAX : start + pages(len);
@@ -62,8 +83,7 @@ static bool touches(uint64_t start, uint64_t len)
         uint32_t seen = __atomic_load_n(&sequence, __ATOMIC_ACQUIRE);
         if (seen & 1)
             return true; /* the slow path will see */
-        struct ranges now = {.at = __atomic_load_n(&maps.at, __ATOMIC_RELAXED), .count = maps.count};
-        bool hit = ranges_find(&now, start, end) != NULL;
+        bool hit = shows(&maps, start, end) || shows(&view_maps, start, end);
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
         if (seen == __atomic_load_n(&sequence, __ATOMIC_RELAXED))
             return hit;
@@ -76,7 +96,7 @@ static bool touched(const void *at, size_t len)
 }
 
 /* Removes [start, end); regions left with nothing are released. Lock held. */
-static void forget(uint64_t start, uint64_t end)
+static void forget_tracked(uint64_t start, uint64_t end)
 {
     if (!room())
         return;
@@ -86,13 +106,19 @@ static void forget(uint64_t start, uint64_t end)
             return;
         uint32_t region = r->region;
         uint64_t upto = r->end < end ? r->end : end;
-        change_begin();
+        maps_change_begin();
         ranges_cut(&maps, start, upto);
-        change_end();
+        maps_change_end();
         files_release_idle(region);
         if (!room())
             return;
     }
+}
+
+static void forget(uint64_t start, uint64_t end)
+{
+    forget_tracked(start, end);
+    view_forget(start, end);
 }
 
 /* Announced pieces of [start, end): to be retired before they change. Lock held. */
@@ -162,9 +188,9 @@ static void add(const struct range *r)
                  files_region(r->region)->path);
         return;
     }
-    change_begin();
+    maps_change_begin();
     ranges_insert(&maps, r);
-    change_end();
+    maps_change_end();
 }
 
 /* A new mapping. Lock held. */
@@ -211,9 +237,32 @@ static uint32_t region_of(int fd)
     return dev == g->dev && source_same(&s, &g->source) ? files_number(entry) : 0;
 }
 
+static void *map_view(struct open_file *f, void *at, size_t len, int prot, int flags, off_t offset)
+{
+    uint64_t start = (uint64_t)(uintptr_t)at;
+    bool over = (flags & MAP_FIXED) && touched(at, len);
+    struct mount *m = view_mount(f); /* asks, perhaps, so before the lock */
+    if (!m)
+        return MAP_FAILED;
+    if (over)
+        retire(start, start + pages(len), false);
+    struct held h = shim_lock();
+    void *got = view_mmap(f, at, len, prot, flags, offset);
+    h.error = errno;
+    if (got == MAP_FAILED && over)
+        restore(start, start + pages(len));
+    else if (over)
+        forget_tracked(start, start + pages(len));
+    shim_unlock(&h);
+    return got;
+}
+
 static void *map(void *at, size_t len, int prot, int flags, int fd, off_t offset)
 {
     bool over = (flags & MAP_FIXED) && touched(at, len);
+    struct open_file *viewed = flags & MAP_ANONYMOUS || !view_maybe(fd) ? NULL : view_of(fd);
+    if (viewed)
+        return map_view(viewed, at, len, prot, flags, offset);
     bool ours = relevant(flags, fd) && shim_mine();
     if (!over && !ours)
         return raw_mmap(at, len, prot, flags, fd, offset);
@@ -354,9 +403,12 @@ static void *remap_elsewhere(void *at, size_t old, size_t len, int flags, void *
             forget(n.start, n.end);
             enter(&n, n.state != RANGE_IDLE);
             files_region(n.region)->fds--;
+        } else {
+            view_moved(start, shim_page, now, pages(len), true);
         }
     } else if (touches(start, old)) {
         moved(start, pages(old), now, pages(len), keep);
+        view_moved(start, pages(old), now, pages(len), keep);
     } else {
         forget(now, now + pages(len));
     }
@@ -378,8 +430,10 @@ static void *remap(void *at, size_t old, size_t len, int flags, void *to)
     h.error = errno;
     if (got != MAP_FAILED && new_end < old_end)
         forget(new_end, old_end);
-    else if (got != MAP_FAILED && new_end > old_end)
+    else if (got != MAP_FAILED && new_end > old_end) {
         grown(old_end, new_end);
+        view_grown(old_end, new_end);
+    }
     else if (got == MAP_FAILED && new_end < old_end)
         restore(new_end, old_end);
     shim_unlock(&h);
@@ -408,9 +462,9 @@ static void arm_idle(uint64_t start, uint64_t end)
 {
     struct held h = shim_lock();
     if (client_up() && room()) {
-        change_begin();
+        maps_change_begin();
         ranges_split(&maps, start, end);
-        change_end();
+        maps_change_end();
         for (size_t i = ranges_first(&maps, start); i < maps.count && maps.at[i].start < end; i++)
             if (maps.at[i].state == RANGE_IDLE) {
                 track(&maps.at[i]);
@@ -420,19 +474,30 @@ static void arm_idle(uint64_t start, uint64_t end)
     shim_unlock(&h);
 }
 
+/* false, with errno, where that may not be: a shared mapping of what is pulled. */
+static bool becomes_writable(uint64_t start, size_t len)
+{
+    if (view_shared(start, start + pages(len))) {
+        errno = EACCES;
+        return false;
+    }
+    arm_idle(start, start + pages(len));
+    return true;
+}
+
 SHIM_EXPORT int mprotect(void *at, size_t len, int prot)
 {
     uint64_t start = (uint64_t)(uintptr_t)at;
-    if ((prot & PROT_WRITE) && touched(at, len) && start % shim_page == 0)
-        arm_idle(start, start + pages(len));
+    if ((prot & PROT_WRITE) && touched(at, len) && start % shim_page == 0 && !becomes_writable(start, len))
+        return -1;
     return (int)syscall(SYS_mprotect, at, len, prot);
 }
 
 SHIM_EXPORT int pkey_mprotect(void *at, size_t len, int prot, int key)
 {
     uint64_t start = (uint64_t)(uintptr_t)at;
-    if ((prot & PROT_WRITE) && touched(at, len) && start % shim_page == 0)
-        arm_idle(start, start + pages(len));
+    if ((prot & PROT_WRITE) && touched(at, len) && start % shim_page == 0 && !becomes_writable(start, len))
+        return -1;
     if (key == -1)
         return (int)syscall(SYS_mprotect, at, len, prot);
     return (int)syscall(SYS_pkey_mprotect, at, len, prot, key);
@@ -442,11 +507,11 @@ static void inherit(uint64_t start, uint64_t end, bool dontfork)
 {
     struct held h = shim_lock();
     if (room()) {
-        change_begin();
+        maps_change_begin();
         ranges_split(&maps, start, end);
         for (size_t i = ranges_first(&maps, start); i < maps.count && maps.at[i].start < end; i++)
             maps.at[i].dontfork = dontfork;
-        change_end();
+        maps_change_end();
     }
     shim_unlock(&h);
 }
@@ -469,15 +534,23 @@ static void mark_hole(uint64_t start, uint64_t end)
 SHIM_EXPORT int madvise(void *at, size_t len, int advice)
 {
     uint64_t start = (uint64_t)(uintptr_t)at, end = start + pages(len);
-    bool ours = (advice == MADV_REMOVE || advice == MADV_DONTFORK || advice == MADV_DOFORK) && touched(at, len);
+    bool hint = advice == MADV_NORMAL || advice == MADV_RANDOM || advice == MADV_SEQUENTIAL || advice == MADV_WILLNEED;
+    bool ours =
+        (hint || advice == MADV_REMOVE || advice == MADV_DONTFORK || advice == MADV_DOFORK) && touched(at, len);
+    if (ours && advice == MADV_REMOVE && view_shows(start, end)) {
+        errno = EACCES;
+        return -1;
+    }
     if (ours && advice == MADV_REMOVE)
         mark_hole(start, end);
     int rc = (int)syscall(SYS_madvise, at, len, advice);
     int saved = errno;
     if (ours && advice == MADV_REMOVE)
         mark_hole(start, end);
-    else if (ours && !rc)
+    else if (ours && !rc && !hint)
         inherit(start, end, advice == MADV_DONTFORK);
+    if (ours && !rc)
+        view_advise(start, end, advice);
     errno = saved;
     return rc;
 }
@@ -550,6 +623,6 @@ void maps_fork_child(void)
             track(r);
         i++;
     }
-    change_begin();
-    change_end();
+    maps_change_begin();
+    maps_change_end();
 }

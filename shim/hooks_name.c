@@ -1,6 +1,7 @@
 /* rename and unlink of tracked names: told to the agent before and after the call, then a sync point. Only regular
  * files; a directory that moves with tracked files in it changes no region's name. */
 #include "shim/real.h"
+#include "shim/view.h"
 
 #include <string.h>
 
@@ -55,7 +56,7 @@ static const struct rule *named(const char *path, char name[NAME_CAP])
     char error[RULES_ERROR];
     const struct rule *rule = rules_match(&shim.rules, path);
     name[0] = 0;
-    if (!rule || rule->mode == RULE_NONE || rules_name(rule, path, shim.host, name, error)) {
+    if (!rule || rule->mode != RULE_PUSH || rules_name(rule, path, shim.host, name, error)) {
         name[0] = 0;
         return NULL;
     }
@@ -80,7 +81,7 @@ static bool tell(struct scratch *s, enum control_name_phase phase)
 static bool regular(int dir, const char *path, struct control_name *m)
 {
     struct statx st;
-    if (statx(dir, path, AT_SYMLINK_NOFOLLOW, STATX_BASIC_STATS | STATX_BTIME, &st) || !S_ISREG(st.stx_mode))
+    if (raw_statx(dir, path, AT_SYMLINK_NOFOLLOW, STATX_BASIC_STATS | STATX_BTIME, &st) || !S_ISREG(st.stx_mode))
         return false;
     files_source(&st, &m->dev, &m->source);
     return true;
@@ -115,6 +116,8 @@ static int finish(struct scratch *s, int rc)
 static int move(int olddir, const char *old, int newdir, const char *new, unsigned flags)
 {
     struct scratch *s = NULL;
+    if (view_denied(olddir, old) || view_denied(newdir, new))
+        return -1;
     int saved = errno;
     if (shim_active() && (may_match(old) || may_match(new)) && shim_mine())
         s = prepare(olddir, old, flags & RENAME_EXCHANGE ? CONTROL_NAME_EXCHANGE : CONTROL_NAME_RENAME);
@@ -152,6 +155,8 @@ SHIM_EXPORT int renameat2(int olddir, const char *old, int newdir, const char *n
 static int removed(int dir, const char *path, int flags)
 {
     struct scratch *s = NULL;
+    if (!(flags & AT_REMOVEDIR) && view_denied(dir, path))
+        return -1;
     int saved = errno;
     if (shim_active() && !(flags & AT_REMOVEDIR) && may_match(path) && shim_mine())
         s = prepare(dir, path, CONTROL_NAME_UNLINK);

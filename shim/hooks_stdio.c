@@ -2,6 +2,7 @@
  * points. Streams are remembered so that what they still hold can be flushed before the last sync point: exit flushes
  * them only after our destructor. */
 #include "shim/real.h"
+#include "shim/view.h"
 
 #include <string.h>
 
@@ -46,6 +47,119 @@ static bool mode_writes(const char *mode)
     return mode && (mode[0] == 'w' || mode[0] == 'a' || (mode[0] && mode[strcspn(mode, "+,")] == '+'));
 }
 
+/* ---- streams over views: libc's own reads would go past the hooks, so these read through ours. */
+
+#define VIEW_STREAMS 256
+
+static struct {
+    FILE *f;
+    int fd;
+} view_streams[VIEW_STREAMS];
+static uint32_t view_streams_count;
+
+static ssize_t stream_read(void *of, char *to, size_t len)
+{
+    return read((int)(intptr_t)of, to, len);
+}
+
+static int stream_seek(void *of, off64_t *at, int whence)
+{
+    off64_t to = lseek64((int)(intptr_t)of, *at, whence);
+    if (to < 0)
+        return -1;
+    *at = to;
+    return 0;
+}
+
+static int stream_close(void *of)
+{
+    return close((int)(intptr_t)of);
+}
+
+static bool view_stream_add(FILE *f, int fd)
+{
+    for (int i = 0; i < VIEW_STREAMS; i++) {
+        FILE *none = NULL;
+        if (!__atomic_compare_exchange_n(&view_streams[i].f, &none, f, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+            continue;
+        view_streams[i].fd = fd;
+        __atomic_add_fetch(&view_streams_count, 1, __ATOMIC_SEQ_CST);
+        return true;
+    }
+    return false;
+}
+
+static FILE *view_stream(int fd)
+{
+    cookie_io_functions_t calls = {.read = stream_read, .seek = stream_seek, .close = stream_close};
+    FILE *f = fopencookie((void *)(intptr_t)fd, "r", calls);
+    if (f && !view_stream_add(f, fd))
+        say_once(SAY_WARN, "more than %d streams over pulled files: fileno fails for the rest", VIEW_STREAMS);
+    return f;
+}
+
+/* The descriptor under a stream of a view, -1 for any other. */
+static int view_fileno(FILE *f)
+{
+    for (int i = 0; i < VIEW_STREAMS && __atomic_load_n(&view_streams_count, __ATOMIC_RELAXED); i++)
+        if (__atomic_load_n(&view_streams[i].f, __ATOMIC_RELAXED) == f)
+            return view_streams[i].fd;
+    return -1;
+}
+
+static void view_stream_drop(FILE *f)
+{
+    for (int i = 0; i < VIEW_STREAMS && __atomic_load_n(&view_streams_count, __ATOMIC_RELAXED); i++) {
+        FILE *same = f;
+        if (__atomic_compare_exchange_n(&view_streams[i].f, &same, NULL, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+            __atomic_sub_fetch(&view_streams_count, 1, __ATOMIC_SEQ_CST);
+    }
+}
+
+SHIM_EXPORT int fileno(FILE *f)
+{
+    int fd = __builtin_expect(view_streams_count, 0) ? view_fileno(f) : -1;
+    return fd >= 0 ? fd : REAL(fileno)(f);
+}
+
+SHIM_EXPORT int fileno_unlocked(FILE *f)
+{
+    return fileno(f);
+}
+
+static int open_flags(const char *mode)
+{
+    int flags = mode[0] == 'r' ? O_RDONLY : mode[0] == 'w' ? O_WRONLY | O_CREAT | O_TRUNC : O_WRONLY | O_CREAT;
+    for (const char *m = mode + 1; *m && *m != ','; m++)
+        flags |= *m == 'e' ? O_CLOEXEC : *m == 'x' ? O_EXCL : *m == '+' ? O_RDWR : 0;
+    return flags;
+}
+
+/* true when the path is a pulled region's, with the stream, or NULL and errno, in *f. */
+static bool view_fopen(const char *path, const char *mode, FILE **f)
+{
+    if (__builtin_expect(!view_pulls, true) || !shim_active() || !mode || !strchr("rwa", mode[0]))
+        return false;
+    int fd = view_open(AT_FDCWD, path, open_flags(mode));
+    if (fd == VIEW_NOT_OURS)
+        return false;
+    *f = fd < 0 ? NULL : view_stream(fd);
+    if (fd >= 0 && !*f)
+        close(fd);
+    return true;
+}
+
+void streams_inherited(void)
+{
+    if (!view_maybe(STDIN_FILENO))
+        return;
+    FILE *f = view_stream(STDIN_FILENO);
+    if (f)
+        stdin = f;
+}
+
+/* ---- streams over files */
+
 static FILE *opened(FILE *f, const char *mode)
 {
     int fd = f && shim_active() ? fileno(f) : -1;
@@ -65,16 +179,24 @@ static FILE *opened(FILE *f, const char *mode)
 
 SHIM_EXPORT FILE *fopen(const char *path, const char *mode)
 {
-    return opened(REAL(fopen)(path, mode), mode);
+    FILE *f;
+    return view_fopen(path, mode, &f) ? f : opened(REAL(fopen)(path, mode), mode);
 }
 
 SHIM_EXPORT FILE *fopen64(const char *path, const char *mode)
 {
-    return opened(REAL(fopen64)(path, mode), mode);
+    FILE *f;
+    return view_fopen(path, mode, &f) ? f : opened(REAL(fopen64)(path, mode), mode);
 }
 
 SHIM_EXPORT FILE *fdopen(int fd, const char *mode)
 {
+    if (view_maybe(fd) && view_of(fd)) {
+        if (mode && mode[0] == 'r' && !mode_writes(mode))
+            return view_stream(fd);
+        errno = EINVAL;
+        return NULL;
+    }
     FILE *f = REAL(fdopen)(fd, mode);
     if (f && shim_active() && mode_writes(mode)) {
         int saved = errno;
@@ -91,6 +213,20 @@ static FILE *reopened(const char *path, const char *mode, FILE *f, __typeof__(&f
 {
     if (!shim_active() || !f)
         return call(path, mode, f);
+    FILE *viewed;
+    if (path && view_fopen(path, mode, &viewed)) {
+        fclose(f);
+        if (viewed && f == stdin)
+            stdin = viewed;
+        return viewed;
+    }
+    if (view_fileno(f) >= 0) { /* made by us, it cannot become a file's; a new one takes its place */
+        FILE *now = path ? fopen(path, mode) : NULL;
+        fclose(f);
+        if (now && f == stdin)
+            stdin = now;
+        return now;
+    }
     struct closing c = {0};
     int fd = fileno(f);
     stream_drop(f);
@@ -121,6 +257,10 @@ SHIM_EXPORT int fclose(FILE *f)
     if (!shim_active())
         return REAL(fclose)(f);
     struct closing c = {0};
+    if (view_fileno(f) >= 0) {
+        view_stream_drop(f);
+        return REAL(fclose)(f); /* closes the descriptor through our close */
+    }
     int saved = errno, fd = fileno(f);
     errno = saved;
     stream_drop(f);

@@ -2,6 +2,7 @@
  * between (wire/shared.h says why both). Where a call appends, its place is known only afterwards: from the size before
  * to the size after. */
 #include "shim/real.h"
+#include "shim/view.h"
 
 #include <limits.h>
 
@@ -36,7 +37,7 @@ static uint32_t tracked(int fd)
 static uint64_t size_of(int fd)
 {
     struct stat st;
-    return fstat(fd, &st) ? 0 : (uint64_t)st.st_size;
+    return raw_fstat(fd, &st) ? 0 : (uint64_t)st.st_size;
 }
 
 static void calls_add(struct shared *s, uint32_t n)
@@ -71,7 +72,7 @@ static void begin(struct writing *w, int fd, uint32_t region, off_t at, uint64_t
     if (w->append)
         w->from = size_of(fd);
     else
-        w->from = at == HERE ? (uint64_t)lseek(fd, 0, SEEK_CUR) : (uint64_t)at;
+        w->from = at == HERE ? (uint64_t)raw_lseek(fd, 0, SEEK_CUR) : (uint64_t)at;
     w->len = len;
     if ((int64_t)w->from < 0)
         w->from = 0;
@@ -89,7 +90,7 @@ static void end(struct writing *w, ssize_t done, bool durable)
         upto = size > upto ? size : upto;
     } else if (w->here && done > 0) {
         /* Threads that share the position may have written before or after us. */
-        uint64_t now = (uint64_t)lseek(w->fd, 0, SEEK_CUR);
+        uint64_t now = (uint64_t)raw_lseek(w->fd, 0, SEEK_CUR);
         if ((int64_t)now >= done) {
             from = now - (uint64_t)done < from ? now - (uint64_t)done : from;
             upto = now > upto ? now : upto;
@@ -137,23 +138,27 @@ static uint64_t total(const struct iovec *iov, int n)
 
 SHIM_EXPORT ssize_t write(int fd, const void *from, size_t len)
 {
+    VIEW_BUFFER(from, len);
     WRITING(fd, HERE, len, false, real.write ? real.write(fd, from, len) : syscall(SYS_write, fd, from, len));
 }
 
 SHIM_EXPORT ssize_t pwrite(int fd, const void *from, size_t len, off_t at)
 {
+    VIEW_BUFFER(from, len);
     WRITING(fd, at, len, false,
             real.pwrite ? real.pwrite(fd, from, len, at) : syscall(SYS_pwrite64, fd, from, len, at));
 }
 
 SHIM_EXPORT ssize_t pwrite64(int fd, const void *from, size_t len, off64_t at)
 {
+    VIEW_BUFFER(from, len);
     WRITING(fd, at, len, false,
             real.pwrite64 ? real.pwrite64(fd, from, len, at) : syscall(SYS_pwrite64, fd, from, len, at));
 }
 
 SHIM_EXPORT ssize_t writev(int fd, const struct iovec *iov, int n)
 {
+    VIEW_BUFFERS(iov, n);
     if (!tracked(fd))
         return real.writev ? real.writev(fd, iov, n) : syscall(SYS_writev, fd, iov, n);
     WRITING(fd, HERE, total(iov, n), false, real.writev(fd, iov, n));
@@ -161,6 +166,7 @@ SHIM_EXPORT ssize_t writev(int fd, const struct iovec *iov, int n)
 
 SHIM_EXPORT ssize_t pwritev(int fd, const struct iovec *iov, int n, off_t at)
 {
+    VIEW_BUFFERS(iov, n);
     if (!tracked(fd))
         return real.pwritev ? real.pwritev(fd, iov, n, at) : syscall(SYS_pwritev, fd, iov, n, at, 0);
     WRITING(fd, at, total(iov, n), false, real.pwritev(fd, iov, n, at));
@@ -168,6 +174,7 @@ SHIM_EXPORT ssize_t pwritev(int fd, const struct iovec *iov, int n, off_t at)
 
 SHIM_EXPORT ssize_t pwritev64(int fd, const struct iovec *iov, int n, off64_t at)
 {
+    VIEW_BUFFERS(iov, n);
     if (!tracked(fd))
         return real.pwritev64 ? real.pwritev64(fd, iov, n, at) : syscall(SYS_pwritev, fd, iov, n, at, 0);
     WRITING(fd, at, total(iov, n), false, real.pwritev64(fd, iov, n, at));
@@ -175,6 +182,7 @@ SHIM_EXPORT ssize_t pwritev64(int fd, const struct iovec *iov, int n, off64_t at
 
 SHIM_EXPORT ssize_t pwritev2(int fd, const struct iovec *iov, int n, off_t at, int flags)
 {
+    VIEW_BUFFERS(iov, n);
     if (!tracked(fd))
         return real.pwritev2 ? real.pwritev2(fd, iov, n, at, flags) : syscall(SYS_pwritev2, fd, iov, n, at, 0, flags);
     WRITING(fd, at, total(iov, n), flags & (RWF_SYNC | RWF_DSYNC), real.pwritev2(fd, iov, n, at, flags));
@@ -182,20 +190,66 @@ SHIM_EXPORT ssize_t pwritev2(int fd, const struct iovec *iov, int n, off_t at, i
 
 SHIM_EXPORT ssize_t pwritev64v2(int fd, const struct iovec *iov, int n, off64_t at, int flags)
 {
+    VIEW_BUFFERS(iov, n);
     if (!tracked(fd))
         return real.pwritev64v2 ? real.pwritev64v2(fd, iov, n, at, flags)
                                 : syscall(SYS_pwritev2, fd, iov, n, at, 0, flags);
     WRITING(fd, at, total(iov, n), flags & (RWF_SYNC | RWF_DSYNC), real.pwritev64v2(fd, iov, n, at, flags));
 }
 
+/* Where the bytes of a view go. */
+struct destination {
+    int fd;
+    unsigned flags;
+    off64_t *at;
+};
+
+static ssize_t sent(int memory, off64_t *at, size_t len, void *of)
+{
+    const struct destination *d = of;
+    return syscall(SYS_sendfile, d->fd, memory, at, len);
+}
+
+static ssize_t spliced(int memory, off64_t *at, size_t len, void *of)
+{
+    const struct destination *d = of;
+    return syscall(SYS_splice, memory, at, d->fd, d->at, len, d->flags);
+}
+
+static ssize_t send_file(int to, int from, off64_t *at, size_t len)
+{
+    struct destination d = {.fd = to};
+    ssize_t moved = view_maybe(from) ? view_transfer(from, at, len, sent, &d) : VIEW_NOT_OURS;
+    return moved == VIEW_NOT_OURS ? syscall(SYS_sendfile, to, from, at, len) : moved;
+}
+
 SHIM_EXPORT ssize_t sendfile(int to, int from, off_t *at, size_t len)
 {
-    WRITING(to, HERE, len, false, syscall(SYS_sendfile, to, from, at, len));
+    WRITING(to, HERE, len, false, send_file(to, from, at, len));
 }
 
 SHIM_EXPORT ssize_t sendfile64(int to, int from, off64_t *at, size_t len)
 {
-    WRITING(to, HERE, len, false, syscall(SYS_sendfile, to, from, at, len));
+    WRITING(to, HERE, len, false, send_file(to, from, at, len));
+}
+
+static ssize_t splice_any(int from, off64_t *from_at, int to, off64_t *to_at, size_t len, unsigned flags)
+{
+    struct destination d = {.fd = to, .flags = flags, .at = to_at};
+    ssize_t moved = view_maybe(from) ? view_transfer(from, from_at, len, spliced, &d) : VIEW_NOT_OURS;
+    return moved != VIEW_NOT_OURS ? moved
+           : real.splice          ? real.splice(from, from_at, to, to_at, len, flags)
+                                  : syscall(SYS_splice, from, from_at, to, to_at, len, flags);
+}
+
+/* Between two file systems no kernel copies a range: programs know it and read. */
+static ssize_t copy_range(int from, off64_t *from_at, int to, off64_t *to_at, size_t len, unsigned flags)
+{
+    if (view_maybe(from) && view_of(from)) {
+        errno = EXDEV;
+        return -1;
+    }
+    return syscall(SYS_copy_file_range, from, from_at, to, to_at, len, flags);
 }
 
 static off_t peek(const off64_t *at)
@@ -205,14 +259,32 @@ static off_t peek(const off64_t *at)
 
 SHIM_EXPORT ssize_t splice(int from, off64_t *from_at, int to, off64_t *to_at, size_t len, unsigned flags)
 {
-    WRITING(to, peek(to_at), len, false,
-            real.splice ? real.splice(from, from_at, to, to_at, len, flags)
-                        : syscall(SYS_splice, from, from_at, to, to_at, len, flags));
+    WRITING(to, peek(to_at), len, false, splice_any(from, from_at, to, to_at, len, flags));
 }
 
 SHIM_EXPORT ssize_t copy_file_range(int from, off64_t *from_at, int to, off64_t *to_at, size_t len, unsigned flags)
 {
-    WRITING(to, peek(to_at), len, false, syscall(SYS_copy_file_range, from, from_at, to, to_at, len, flags));
+    WRITING(to, peek(to_at), len, false, copy_range(from, from_at, to, to_at, len, flags));
+}
+
+/* Nothing of these is tracked: only their buffers matter. */
+SHIM_EXPORT ssize_t send(int fd, const void *from, size_t len, int flags)
+{
+    VIEW_BUFFER(from, len);
+    return REAL(send)(fd, from, len, flags);
+}
+
+SHIM_EXPORT ssize_t sendto(int fd, const void *from, size_t len, int flags, const struct sockaddr *to, socklen_t room)
+{
+    VIEW_BUFFER(from, len);
+    return REAL(sendto)(fd, from, len, flags, to, room);
+}
+
+SHIM_EXPORT ssize_t sendmsg(int fd, const struct msghdr *m, int flags)
+{
+    if (__builtin_expect(view_buffers, false) && raw_readable(m, sizeof *m))
+        view_buffer_vector(m->msg_iov, (int)m->msg_iovlen);
+    return REAL(sendmsg)(fd, m, flags);
 }
 
 /* ---- sizes */
@@ -261,7 +333,7 @@ SHIM_EXPORT int ftruncate64(int fd, off64_t size)
 static int descriptor_at(const char *path)
 {
     struct statx st;
-    if (statx(AT_FDCWD, path, 0, STATX_BASIC_STATS | STATX_BTIME, &st))
+    if (raw_statx(AT_FDCWD, path, 0, STATX_BASIC_STATS | STATX_BTIME, &st))
         return -1;
     uint32_t region = files_lookup_stat(&st);
     struct held h = shim_lock();
@@ -274,8 +346,11 @@ static int descriptor_at(const char *path)
  * region's like any other. */
 static int truncate_path(const char *path, off_t size)
 {
-    struct stat st;
-    if (!shim_active() || size < 0 || !shim_mine() || stat(path, &st) || !S_ISREG(st.st_mode) || !names_matched(path))
+    struct statx st;
+    if (view_denied(AT_FDCWD, path))
+        return -1;
+    if (!shim_active() || size < 0 || !shim_mine() || raw_statx(AT_FDCWD, path, 0, STATX_TYPE, &st) ||
+        !S_ISREG(st.stx_mode) || !names_matched(path))
         return (int)syscall(SYS_truncate, path, size);
     int had = descriptor_at(path);
     if (had >= 0)
@@ -368,6 +443,10 @@ SHIM_EXPORT int ioctl(int fd, unsigned long request, ...)
     va_start(args, request);
     void *arg = va_arg(args, void *);
     va_end(args);
+    if (view_maybe(fd) && view_of(fd)) {
+        errno = ENOTTY;
+        return -1;
+    }
     uint32_t region = request == FICLONE || request == FICLONERANGE ? tracked(fd) : 0;
     if (region)
         files_mark_all(region);

@@ -37,6 +37,11 @@ struct held shim_lock(void)
     return h;
 }
 
+const void *shim_lock_flag(void)
+{
+    return &lock_inside;
+}
+
 void shim_unlock(const struct held *h)
 {
     if (!h->inside) {
@@ -207,17 +212,18 @@ static bool read_rules(void)
         say(variable("MEMSYNC_REMOTE") ? SAY_WARN : SAY_INFO, "MEMSYNC_REGIONS is not set: nothing is tracked");
         return false;
     }
-    uint64_t fetch;
     if (!read_unbuilt() || !read_remote() || !read_choices() || !read_socket() ||
         !read_time("MEMSYNC_TIMEOUT", &shim.timeout_ms, 10000, false, true) ||
         !read_time("MEMSYNC_INTERVAL", &shim.defaults.interval_ms, 1000, true, false) ||
-        !read_time("MEMSYNC_FETCH_TIMEOUT", &fetch, UINT64_MAX, false, true))
+        !read_time("MEMSYNC_FETCH_TIMEOUT", &shim.fetch_timeout_ms, UINT64_MAX, false, true))
         return false;
     if (rules_parse(&shim.rules, value, &shim.defaults, error)) {
         say(SAY_ERROR, "MEMSYNC_REGIONS: %s; nothing is tracked", error);
         return false;
     }
     drop_unbuilt_rules();
+    for (unsigned i = 0; i < shim.rules.count; i++)
+        view_pulls |= shim.rules.rule[i].mode == RULE_PULL;
     return shim.rules.count > 0;
 }
 
@@ -243,6 +249,7 @@ __attribute__((constructor)) static void begin(void)
         fork_install();
         __atomic_store_n(&shim_on, true, __ATOMIC_SEQ_CST);
         files_inherited();
+        streams_inherited();
         const char *hooks = variable("MEMSYNC_HOOKS");
         if (hooks)
             calls_install(hooks);

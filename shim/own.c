@@ -1,4 +1,4 @@
-/* The library's own descriptors: the agent's socket and the userfaultfd. They live at high numbers, where programs do
+/* The library's own descriptors: the agent's socket, the userfaultfd, and what is behind views. They live at high numbers, where programs do
  * not look, and stay there when the program closes or overwrites every number it can think of. */
 #include "shim/shim.h"
 
@@ -23,8 +23,10 @@ int own_keep(int fd)
 void own_evade(int fd)
 {
     int *kept = fd == client_fd ? &client_fd : fd == arm_kept ? &arm_kept : NULL;
-    if (!kept)
+    if (!kept) {
+        view_evade(fd);
         return;
+    }
     int other = raw_fcntl(fd, F_DUPFD_CLOEXEC, fd + 1);
     if (other < 0)
         other = raw_fcntl(fd, F_DUPFD_CLOEXEC, 3);

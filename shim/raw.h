@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -61,6 +62,26 @@ static inline bool raw_path(const char *path)
     bool good = path && syscall(SYS_symlinkat, path, -1, "x") < 0 && errno == EBADF;
     errno = saved;
     return good;
+}
+
+static inline int raw_fstat(int fd, struct stat *st)
+{
+    return (int)syscall(SYS_fstat, fd, st);
+}
+
+static inline int raw_statx(int dir, const char *path, int flags, unsigned mask, struct statx *st)
+{
+    return (int)syscall(SYS_statx, dir, path, flags, mask, st);
+}
+
+static inline off_t raw_lseek(int fd, off_t at, int whence)
+{
+    return (off_t)syscall(SYS_lseek, fd, at, whence);
+}
+
+static inline int raw_access(const char *path, int how)
+{
+    return (int)syscall(SYS_faccessat, AT_FDCWD, path, how);
 }
 
 static inline pid_t raw_getpid(void)

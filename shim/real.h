@@ -10,13 +10,21 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/sendfile.h>
+#include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
+
+/* Of fortified programs only: no header declares them here. */
+ssize_t __read_chk(int fd, void *to, size_t len, size_t room);
+ssize_t __pread_chk(int fd, void *to, size_t len, off_t at, size_t room);
+ssize_t __pread64_chk(int fd, void *to, size_t len, off64_t at, size_t room);
 
 #define REAL_FUNCTIONS(X)                                                                                              \
     X(msync)                                                                                                           \
     X(fsync) X(fdatasync) X(syncfs) X(sync) X(open) X(open64) X(openat) X(openat64) X(creat) X(creat64) X(close)       \
-        X(fcntl) X(fcntl64) X(fopen) X(fopen64) X(freopen) X(freopen64) X(fdopen) X(fclose) X(write) X(pwrite)         \
+        X(fcntl) X(fcntl64) X(fopen) X(fopen64) X(freopen) X(freopen64) X(fdopen) X(fclose) X(read) X(pread)         \
+            X(pread64) X(readv) X(preadv) X(preadv64) X(preadv2) X(preadv64v2) X(__read_chk) X(__pread_chk)             \
+            X(__pread64_chk) X(faccessat) X(eaccess) X(euidaccess) X(fileno) X(fileno_unlocked) X(send) X(sendto) X(sendmsg) X(write) X(pwrite)         \
             X(pwrite64) X(writev) X(pwritev) X(pwritev64) X(pwritev2) X(pwritev64v2) X(sendfile) X(sendfile64)         \
                 X(splice) X(copy_file_range) X(fallocate) X(fallocate64) X(posix_fallocate) X(posix_fallocate64)       \
                     X(remove) X(quick_exit) X(execvp) X(execvpe) X(fexecve) X(dlopen) X(dlmopen)

@@ -246,10 +246,19 @@ static int set_later(struct rule *rule, enum rule_key key, const char *value, ch
 {
     if (key == KEY_RESIDENT && !size_good(value))
         return fail(error, "'", quote(value).s, "' is no value of resident=; it is a size, e.g. 512M, 4G", NULL);
-    if (key == KEY_ORDER && one_of(order_names, value) < 0)
-        return fail(error, "'", quote(value).s, "' is no value of order=; it is fault, linear, recorded or none", NULL);
     if (!rule->not_built)
-        rule->not_built = key == KEY_RESIDENT ? "resident=" : key == KEY_ORDER ? "order=" : "follow";
+        rule->not_built = key == KEY_RESIDENT ? "resident=" : "follow";
+    return 0;
+}
+
+static int set_order(struct rule *rule, const char *value, char error[RULES_ERROR])
+{
+    int i = one_of(order_names, value);
+    if (i < 0)
+        return fail(error, "'", quote(value).s, "' is no value of order=; it is fault, linear, recorded or none", NULL);
+    if (rule->mode == RULE_PUSH)
+        return fail(error, "order= is for pull and mirror: nothing is fetched under push", NULL);
+    rule->order = (uint8_t)i;
     return 0;
 }
 
@@ -274,8 +283,9 @@ static int set_key(struct rule *rule, enum rule_key key, const char *value, char
         return set_group(rule, value, error);
     case KEY_INITIAL:
         return set_initial(rule, value, error);
-    case KEY_RESIDENT:
     case KEY_ORDER:
+        return set_order(rule, value, error);
+    case KEY_RESIDENT:
     case KEY_FOLLOW:
         break;
     }
@@ -340,9 +350,9 @@ static int parse_rule(struct rule *rule, char *text, const struct rules_defaults
     }
     if (rule->mode == RULE_NONE)
         rule->not_built = NULL;
-    else if (rule->mode != RULE_PUSH)
+    else if (rule->mode == RULE_MIRROR)
         rule->not_built = mode_names[rule->mode];
-    else if (!rule->not_built)
+    else if (rule->mode == RULE_PUSH && !rule->not_built)
         rule->not_built = strategy_not_built[rule->strategy];
     return rc;
 }

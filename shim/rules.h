@@ -22,8 +22,9 @@ struct rule {
     const char *name;      /* the template of name=, or NULL: the path without its leading slash */
     enum rule_mode mode;
     enum rule_strategy strategy;
+    uint8_t order;         /* enum control_order, of a pull */
     struct control_terms terms;
-    const char *not_built; /* what of this rule is understood and not built, e.g. "pull", "resident=", "strategy=fuse"; else NULL */
+    const char *not_built; /* what of this rule is understood and not built, e.g. "mirror", "resident=", "strategy=fuse"; else NULL */
 };
 
 struct rules {

@@ -87,7 +87,7 @@ size_t say_format(char *to, size_t cap, const char *format, ...)
 void say_start(void)
 {
     struct stat st;
-    if (!fstat(STDERR_FILENO, &st)) {
+    if (!raw_fstat(STDERR_FILENO, &st)) {
         start_dev = st.st_dev;
         start_ino = st.st_ino;
     }
@@ -96,7 +96,7 @@ void say_start(void)
 static bool stderr_usable(void)
 {
     struct stat st;
-    if (fstat(STDERR_FILENO, &st))
+    if (raw_fstat(STDERR_FILENO, &st))
         return false;
     if (!S_ISREG(st.st_mode) || (st.st_dev == start_dev && st.st_ino == start_ino))
         return true;

@@ -33,7 +33,7 @@ struct shim_settings {
     struct rules rules;
     struct rules_defaults defaults;
     uint8_t loss;
-    uint64_t timeout_ms;
+    uint64_t timeout_ms, fetch_timeout_ms;
     char remote[1024], socket[108], program[256], host[256];
 };
 
@@ -62,6 +62,7 @@ struct held {
 struct held shim_lock(void);
 void shim_unlock(const struct held *h); /* restores errno too */
 void shim_lock_reset(void);             /* in a forked child */
+const void *shim_lock_flag(void);       /* the thread's own word of the lock */
 
 /* ---- say.c: lines for people. The format knows %s %d %u %x (64 bits: %l) and %%; %d and %u take int, %e an errno
  * value as text. */
@@ -83,7 +84,9 @@ size_t say_format(char *to, size_t cap, const char *format, ...);
 
 /* ---- files.c: descriptors and regions */
 
-enum { FD_UNKNOWN, FD_UNMATCHED, FD_READER, FD_TRACKED }; /* FD_TRACKED + n: region n */
+/* FD_VIEW + n: open file n of a view (view.h), FD_TRACKED + n: region n + 1. */
+#define SHIM_VIEWS 4096u
+enum { FD_UNKNOWN, FD_UNMATCHED, FD_READER, FD_VIEW, FD_TRACKED = FD_VIEW + SHIM_VIEWS };
 
 struct region {
     bool used, fresh;
@@ -110,6 +113,11 @@ static inline uint32_t files_entry(int fd)
 static inline bool files_tracked(uint32_t entry)
 {
     return entry >= FD_TRACKED;
+}
+
+static inline bool files_viewed(uint32_t entry)
+{
+    return entry - FD_VIEW < SHIM_VIEWS;
 }
 
 static inline uint32_t files_number(uint32_t entry)
@@ -162,6 +170,11 @@ void maps_fork_child(void);         /* lock held */
 
 /* ---- arm.c: userfaultfd */
 
+/* Registers [addr, addr + len) of a memfd's mapping for missing faults, which the agent answers. 0 or a negative
+ * errno. Lock held. */
+int arm_missing(uint64_t addr, uint64_t len);
+bool arm_can_miss(void);        /* lock held */
+extern bool arm_user_mode_only; /* the kernel's own accesses to what is missing fail */
 /* Registers and write-protects [addr, addr + len). 0 or a negative errno; arm_reason() says more. Lock held. */
 int arm_range(uint64_t addr, uint64_t len);
 const char *arm_reason(void);
@@ -187,10 +200,14 @@ void client_uffd(int fd);
 bool client_hung_up(void);
 void client_lost(uint32_t generation);
 void client_notices(void); /* takes the lock */
+void client_read(void);    /* whatever waits in the socket. Lock held */
 /* A scratch message buffer of CONTROL_MAX bytes. Lock held. */
 extern uint8_t client_buffer[CONTROL_MAX];
 
-enum ticket_kind { TICKET_NONE, TICKET_SYNC, TICKET_RETIRE, TICKET_BYE };
+/* Writes the message of a request that wants to be answered in this slot; may be called again for another agent. */
+typedef size_t sync_put(void *to, size_t cap, uint32_t slot, void *of);
+
+enum ticket_kind { TICKET_NONE, TICKET_SYNC, TICKET_RETIRE, TICKET_BYE, TICKET_ASK };
 struct ticket {
     enum ticket_kind kind;
     bool sent;
@@ -198,6 +215,8 @@ struct ticket {
     uint32_t region, slot, generation;
     struct shared *shared;
     uint64_t addr, len;
+    sync_put *put; /* TICKET_ASK */
+    void *of;
 };
 
 /* A sync point in two halves: the request goes, the local call runs, the answer is awaited. */
@@ -216,7 +235,28 @@ static inline int sync_result(int local, int remote)
 void sync_async(uint32_t region);
 void sync_now(uint32_t region);
 void sync_bye(void);
+/* A request that no loss excuses: waits for the agent's answer, from one agent after the other, as long as one can be
+ * found within `patience` ms of the last. The answer, or -ENOTCONN. */
+uint32_t sync_slot_unheard(void); /* a slot whose answer nobody waits for. Lock held */
+int sync_ask(sync_put *put, void *of, uint64_t patience);
 void shim_publish(void);
+
+/* ---- view.c: what the rest has to know of it */
+
+extern uint32_t view_count; /* open files and mappings of views in this process, and what they need: 0 for none */
+extern bool view_pulls;     /* a rule presents remote regions */
+bool view_owns(int fd);     /* a descriptor of ours behind a view */
+void view_evade(int fd);    /* lock held */
+int view_own_above(int fd); /* the lowest of them from fd on, or -1. Lock held */
+/* An O_PATH descriptor: its entry when it is one of a view that came by exec or a message, else 0. Lock held. */
+uint32_t view_adopt(int fd, const struct statx *st);
+void view_closed(uint32_t entry);          /* one descriptor less. Lock held */
+void view_copied(uint32_t entry, int newfd);
+void view_announce(void);                  /* to a new agent. Lock held */
+void view_arrived(const void *message, size_t len, const int *fds, unsigned n); /* takes over fds. Lock held */
+void view_fork_prepare(void);              /* lock held */
+void view_fork_parent(void);               /* lock held */
+bool view_fork_child(void);                /* lock held; true when the agent must hear of it at once */
 
 /* ---- start.c */
 void start_prepare(void);            /* in the constructor: where the agent's program is */
@@ -226,7 +266,7 @@ int start_agent(const char *socket); /* 0, a negative errno, or -EKEYREJECTED: a
 int own_keep(int fd); /* moves it out of the way; the new number, close-on-exec */
 static inline bool own_is(int fd)
 {
-    return fd >= 0 && (fd == client_fd || fd == arm_kept);
+    return fd >= 0 && (fd == client_fd || fd == arm_kept || (view_count && view_owns(fd)));
 }
 void own_evade(int fd); /* the program is about to take this number: move away */
 
@@ -235,6 +275,7 @@ bool names_matched(const char *path); /* a rule wants the file at path replicate
 
 /* ---- hooks_stdio.c, hooks_exit.c */
 void streams_flush(void);
+void streams_inherited(void); /* the standard input may be a view */
 void shim_leave(void); /* the last sync point, before the process image goes */
 
 void fork_install(void);

@@ -71,7 +71,7 @@ void start_prepare(void)
         size_t dir = (size_t)(strrchr(info.dli_fname, '/') - info.dli_fname);
         if (dir + sizeof "/memsync-agent" < sizeof program && realpath(info.dli_fname, program)) {
             strcpy(strrchr(program, '/'), "/memsync-agent");
-            if (!access(program, X_OK))
+            if (!raw_access(program, X_OK))
                 return;
         }
     }
@@ -99,7 +99,7 @@ int start_agent(const char *socket)
         return -ENOMEM;
     int rc = -ENOENT;
     size_t bytes = 0;
-    if (access(program, X_OK)) {
+    if (raw_access(program, X_OK)) {
         say(SAY_ERROR,
             "no agent: memsync-agent is neither beside the preload library nor at %s, and none runs on %s; nothing of "
             "%s is "

@@ -24,10 +24,21 @@ static int slot_take(struct shared *s)
             __atomic_store_n(&s->slots[n].state, SHARED_FREE, __ATOMIC_SEQ_CST);
         }
         if (seen == SHARED_FREE && __atomic_compare_exchange_n(&s->slots[n].state, &seen, SHARED_WAITING, false,
-                                                               __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+                                                               __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
+            __atomic_store_n(&abandoned[n], 0, __ATOMIC_RELEASE); /* what an earlier agent owed is nothing to this one */
             return (int)n;
+        }
     }
     return -EAGAIN;
+}
+
+uint32_t sync_slot_unheard(void)
+{
+    int n = slot_take(client_shared());
+    if (n < 0)
+        return CONTROL_NO_SLOT;
+    __atomic_store_n(&abandoned[n], 1, __ATOMIC_RELEASE);
+    return (uint32_t)n;
 }
 
 /* Lock held. */
@@ -49,6 +60,8 @@ static int ticket_send(struct ticket *t)
     } else if (t->kind == TICKET_RETIRE) {
         struct control_retire m = {.slot = t->slot, .publish = t->publish, .addr = t->addr, .len = t->len};
         n = control_retire_put(client_buffer, sizeof client_buffer, &m);
+    } else if (t->kind == TICKET_ASK) {
+        n = t->put(client_buffer, sizeof client_buffer, t->slot, t->of);
     } else {
         struct control_bye m = {.slot = t->slot};
         n = control_bye_put(client_buffer, sizeof client_buffer, &m);
@@ -170,6 +183,31 @@ int sync_end(struct ticket *t)
         }
     }
     t->kind = TICKET_NONE;
+    client_notices();
+    errno = saved;
+    return result;
+}
+
+int sync_ask(sync_put *put, void *of, uint64_t patience)
+{
+    struct ticket t = {.kind = TICKET_ASK, .put = put, .of = of};
+    int saved = errno, result = -ENOTCONN;
+    uint64_t alone = 0; /* since when there is no agent */
+    unsigned losses = 0;
+    ticket_begin(&t);
+    for (;;) {
+        int rc = t.sent ? slot_wait(&t, &result) : -ENOTCONN;
+        if (!rc)
+            break;
+        if (rc == -ETIMEDOUT) /* it is there, and silent: there is no other to ask */
+            continue;
+        if (!t.sent && alone && raw_now_ms() - alone >= patience)
+            break;
+        alone = t.sent || !alone ? raw_now_ms() : alone;
+        if (losses++) /* the first may have died at any time; one after the other is no reason to hurry */
+            raw_sleep_ms(SLICE_MS);
+        repeat(&t);
+    }
     client_notices();
     errno = saved;
     return result;

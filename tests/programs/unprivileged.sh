@@ -14,6 +14,9 @@ list() {
         say "plain.sh:$what/uffd/disk"
         say "plain.sh:$what/hash/disk"
     done
+    for what in sums python buffers forks orders refused redirects; do
+        say "pull.sh:$what"
+    done
     say badinput.sh:foreign_lineage
 }
 [ "${1:?a case, or list}" = list ] && { list; exit 0; }

@@ -70,10 +70,12 @@ static void test_not_built(void **state)
     static const struct {
         const char *rule, *says;
     } table[] = {
-        {"/a=pull", "pull"},
+        {"/a=pull", NULL},
+        {"/a=pull,order=recorded", NULL},
+        {"/a=pull,resident=512M", "resident="},
+        {"/a=pull,follow", "follow"},
         {"/a=mirror,order=linear", "mirror"},
         {"/a,resident=512M", "resident="},
-        {"/a,order=none", "order="},
         {"/a,follow", "follow"},
         {"/a,strategy=softdirty", "strategy=softdirty"},
         {"/a,strategy=kmod", "strategy=kmod"},
@@ -113,7 +115,8 @@ static void test_refused(void **state)
     refused("/a,initial=safe", "'safe'", "push or pull");
     refused("/a,resident=lots", "'lots'", "512M");
     refused("/a,resident=0", "'0'", "512M");
-    refused("/a,order=random", "'random'", "fault, linear, recorded or none");
+    refused("/a,order=none", "order=", "pull and mirror");
+    refused("/a=pull,order=random", "'random'", "fault, linear, recorded or none");
     refused("/a,follow=yes", "follow", "no value");
     refused("/a,name=%q", "'%q'", "%p is the path");
     refused("/a,name=x%", "'%'", "%p is the path");
