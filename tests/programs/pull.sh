@@ -45,6 +45,7 @@ sums)
         both cat "FAR/$size"
         pull -- cp "$far/$size" "$T/copy"
         same "$near/$size" "$T/copy"
+        rm "$T/copy" # cp gave it the mode of what is read-only
         pull -- dd if="$far/$size" of="$T/copy" bs=12345 status=none
         same "$near/$size" "$T/copy"
     done
