@@ -14,7 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SHARED_VERSION 2u
+#define SHARED_VERSION 3u
 #define SHARED_SLOTS 256u
 
 /* A slot: the shim takes a free one (FREE -> WAITING by compare and exchange), sends a request that names it, waits on `state` as a futex. The agent stores
@@ -46,13 +46,21 @@ struct marks {
     uint64_t pages[MARKS_WORDS];
 };
 
-/* Beside the memfd that holds a view's pages. A reader notes `punches` before it makes sure that its pages are there, and reads again when it moved: pages
- * may have been taken away in between. */
+/* Beside the memfd that holds a view's pages; only the agent writes it.
+ *
+ * Pages may be taken out of the memfd again: evicted, or because another epoch has come (follow). `punches` is the sequence of that, odd while it is done.
+ * Who reads the memfd by calls notes it, makes sure that the pages are there (when it is odd: by FETCH, which is answered when it is even), reads, and
+ * begins again when it moved. Size and epoch change only while it is odd. Who writes by calls raises `calls` of its struct shared first, and only then
+ * looks at it; the agent makes it odd first, and only then looks at `calls`: one of the two sees the other and lets it pass. Threads in mappings need none
+ * of it: they fault. */
 struct view {
     uint32_t version; /* SHARED_VERSION */
     int32_t failed;   /* a negative errno once pages cannot be had any more: those that are missing are poisoned */
     uint64_t size;
-    uint64_t punches; /* times that pages were taken out of the memfd */
+    uint64_t punches;
+    uint64_t epoch;  /* that its pages are of */
+    uint32_t mirror; /* 1: programs may write it */
+    uint32_t unused;
 };
 
 static inline void marks_min_size(struct marks *m, uint64_t size)

@@ -44,7 +44,7 @@ static int make_shared(struct mount *m)
         return -errno;
     m->shared = at;
     if (!taken)
-        *m->shared = (struct view){.version = SHARED_VERSION, .size = m->size};
+        *m->shared = (struct view){.version = SHARED_VERSION, .size = m->size, .epoch = m->epoch};
     return m->shared->version == SHARED_VERSION && m->shared->size == m->size ? 0 : -EINVAL;
 }
 
