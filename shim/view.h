@@ -52,6 +52,31 @@ struct open_file {
 extern struct mount view_mounts[VIEW_MOUNTS];
 extern struct ranges view_maps; /* their region: a mount's index; private ones have state RANGE_VIEW_PRIVATE */
 
+/* ---- view_mount.c */
+
+/* An OPEN or RESUME on its way: the thread's own, in a list that view_arrived looks through. Large: see raw_memory. */
+struct view_pending {
+    struct view_pending *next;
+    uint32_t number;
+    bool arrived;
+    int fds[2];
+    struct control_view view;
+    struct control_resume ask; /* OPEN sends its first part */
+    bool resume;
+};
+void view_terms(struct control_open *o, const char *path, const char *name, uint8_t order, uint64_t timeout);
+int view_ask(struct view_pending *p); /* sends it and waits for its VIEW. 0, or a negative errno */
+/* What it brought becomes a mount, or is found to be one that is there. Index + 1 with opens raised, or a negative
+ * errno. */
+int view_mount_made(struct view_pending *p);
+void view_release_idle(uint32_t mount); /* lock held */
+/* All pages of [offset, offset + len) are in the memfd: 0, or a negative errno. */
+int view_need(struct mount *m, uint64_t offset, uint64_t len);
+/* The memfd itself, after a check that it still is; -1. */
+int view_memory(const struct mount *m);
+void view_counted(int by);
+void view_retire(void *at, size_t len); /* unmaps it, later: a thread may still be in it. Lock held */
+
 /* ---- view.c */
 
 /* The open file behind a descriptor of the program, checked against what the number means now; NULL when it is none.
@@ -68,11 +93,6 @@ int view_open_region(const struct rule *rule, const char *path, int flags);
 int view_open_again(struct open_file *f, int flags);
 /* What is known without opening it. 0 or a negative errno. */
 int view_look(const struct rule *rule, const char *path, struct control_view *v);
-void view_release_idle(uint32_t mount); /* lock held */
-/* All pages of [offset, offset + len) are in the memfd: 0, or a negative errno. */
-int view_need(struct mount *m, uint64_t offset, uint64_t len);
-/* The memfd itself, after a check that it still is; -1. */
-int view_memory(const struct mount *m);
 uint64_t view_ino(const struct id *lineage);
 
 /* ---- view_path.c */
