@@ -324,6 +324,7 @@ static void open_put(struct wr *w, const struct control_open *m)
     wr_u8(w, m->order);
     wr_u8(w, m->follow);
     wr_u8(w, m->look);
+    wr_u8(w, m->create);
     wr_u64(w, m->resident);
     wr_u64(w, m->fetch_timeout_ms);
     wr_str(w, m->path);
@@ -338,11 +339,13 @@ static void open_get(struct rd *r, struct control_open *m)
     m->order = rd_u8(r);
     m->follow = rd_u8(r);
     m->look = rd_u8(r);
+    m->create = rd_u8(r);
     m->resident = rd_u64(r);
     m->fetch_timeout_ms = rd_u64(r);
     rd_str(r, m->path, sizeof m->path);
     rd_str(r, m->name, sizeof m->name);
-    if (!m->view || m->mode > CONTROL_MIRROR || m->order > CONTROL_ORDER_NONE || m->follow > 1 || m->look > 1)
+    if (!m->view || m->mode > CONTROL_MIRROR || m->order > CONTROL_ORDER_NONE || m->follow > 1 ||
+        m->look > 1 || m->create > (m->mode == CONTROL_MIRROR))
         r->bad = true;
 }
 
@@ -459,6 +462,26 @@ int control_fetch_get(const void *p, size_t len, struct control_fetch *m)
     m->offset = rd_u64(&r);
     m->len = rd_u64(&r);
     return m->view && span_good(m->offset, m->len) ? get_end(&r) : -EPROTO;
+}
+
+size_t control_truncate_put(void *to, size_t cap, const struct control_truncate *m)
+{
+    struct wr w = begin(to, cap, CONTROL_TRUNCATE);
+    wr_u32(&w, m->slot);
+    wr_u32(&w, m->view);
+    wr_u64(&w, m->size);
+    wr_u8(&w, m->grow);
+    return put_end(&w);
+}
+
+int control_truncate_get(const void *p, size_t len, struct control_truncate *m)
+{
+    struct rd r = body(p, len);
+    m->slot = rd_u32(&r);
+    m->view = rd_u32(&r);
+    m->size = rd_u64(&r);
+    m->grow = rd_u8(&r);
+    return m->view && m->size <= INT64_MAX && m->grow <= 1 ? get_end(&r) : -EPROTO;
 }
 
 size_t control_close_put(void *to, size_t cap, const struct control_close *m)

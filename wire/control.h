@@ -11,7 +11,7 @@
 #include "wire/bytes.h"
 #include "wire/name.h"
 
-#define CONTROL_VERSION 2u
+#define CONTROL_VERSION 3u
 #define CONTROL_MAX 20480u /* bytes in a message */
 #define CONTROL_PATH 4096u
 #define CONTROL_FDS 3u
@@ -49,6 +49,8 @@ enum control_type {
     CONTROL_CLOSE,
     /* agent -> shim */
     CONTROL_VIEW,      /* fds: the memfd and its struct view, none when OPEN only looked */
+    /* shim -> agent, about views that are written */
+    CONTROL_TRUNCATE,
     CONTROL_TYPES
 };
 
@@ -161,7 +163,8 @@ struct control_text { /* NOTICE, TEXT, REFUSED, RESULT */
 };
 
 /* A region that appears at a path. Answered by VIEW, if it is there, and then the slot: 0, -ENOENT (no such region), -EACCES, or -EIO with a NOTICE that
- * says why. With look nothing stays open: VIEW only tells. */
+ * says why. With look nothing stays open: VIEW only tells. With create a region that is not there is presented empty, at epoch 0 of no lineage; it comes
+ * to be at the remote when it is first published. Only a mirror's; nothing to a look. */
 enum control_mode { CONTROL_PULL, CONTROL_MIRROR };
 enum control_order { CONTROL_ORDER_FAULT, CONTROL_ORDER_LINEAR, CONTROL_ORDER_RECORDED, CONTROL_ORDER_NONE };
 #define CONTROL_FOREVER UINT64_MAX
@@ -170,7 +173,7 @@ struct control_open {
     uint32_t slot;
     uint32_t view;             /* the shim's number for it, of this process; not 0 */
     uint8_t mode, order;       /* enum control_mode, enum control_order */
-    uint8_t follow, look;
+    uint8_t follow, look, create;
     uint64_t resident;         /* bytes, 0: no bound */
     uint64_t fetch_timeout_ms; /* CONTROL_FOREVER */
     char path[CONTROL_PATH], name[NAME_CAP];
@@ -208,6 +211,14 @@ struct control_advise {
 struct control_fetch {
     uint32_t slot, view;
     uint64_t offset, len;
+};
+
+/* The view, a mirror, shall have that size; with grow, at least. What lies beyond its old size reads as zeros. The slot: 0 when the memfd and the struct
+ * view have it; -EFBIG, -ENOSPC..., -EINVAL of a view that only reads, -EIO when it has failed. The agent alone changes the size. */
+struct control_truncate {
+    uint32_t slot, view;
+    uint64_t size;
+    uint8_t grow;
 };
 
 /* The process has neither descriptor nor mapping of the view any more. */
@@ -264,6 +275,8 @@ size_t control_advise_put(void *to, size_t cap, const struct control_advise *m);
 int control_advise_get(const void *p, size_t len, struct control_advise *m);
 size_t control_fetch_put(void *to, size_t cap, const struct control_fetch *m);
 int control_fetch_get(const void *p, size_t len, struct control_fetch *m);
+size_t control_truncate_put(void *to, size_t cap, const struct control_truncate *m);
+int control_truncate_get(const void *p, size_t len, struct control_truncate *m);
 size_t control_close_put(void *to, size_t cap, const struct control_close *m);
 int control_close_get(const void *p, size_t len, struct control_close *m);
 size_t control_view_put(void *to, size_t cap, const struct control_view *m);

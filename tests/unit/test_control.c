@@ -111,6 +111,7 @@ static void open_fill(void *m)
                                                       .order = CONTROL_ORDER_NONE,
                                                       .follow = 1,
                                                       .look = 1,
+                                                      .create = 1,
                                                       .resident = 1 << 30,
                                                       .fetch_timeout_ms = CONTROL_FOREVER,
                                                       .path = "/d/x.mdb",
@@ -151,6 +152,11 @@ static void close_fill(void *m)
     ((struct control_close *)m)->view = 9;
 }
 
+static void truncate_fill(void *m)
+{
+    *(struct control_truncate *)m = (struct control_truncate){.slot = 255, .view = 1, .size = INT64_MAX, .grow = 1};
+}
+
 static void view_fill(void *m)
 {
     *(struct control_view *)m = (struct control_view){
@@ -177,6 +183,7 @@ CODEC_PLAIN(control, advise)
 CODEC_PLAIN(control, fetch)
 CODEC_PLAIN(control, close)
 CODEC_PLAIN(control, view)
+CODEC_PLAIN(control, truncate)
 
 static size_t text_put(void *to, size_t cap, const void *m)
 {
@@ -202,7 +209,7 @@ static const struct {
     {CODEC(control, resume), CONTROL_RESUME}, {CODEC(control, view_map), CONTROL_VIEW_MAP},
     {CODEC(control, advise), CONTROL_ADVISE}, {CODEC(control, view_unmap), CONTROL_VIEW_UNMAP},
     {CODEC(control, fetch), CONTROL_FETCH},   {CODEC(control, close), CONTROL_CLOSE},
-    {CODEC(control, view), CONTROL_VIEW},
+    {CODEC(control, view), CONTROL_VIEW},     {CODEC(control, truncate), CONTROL_TRUNCATE},
 };
 #define CODECS (sizeof codecs / sizeof *codecs)
 
@@ -341,7 +348,7 @@ static void test_spans(void **state)
     assert_int_equal(fetch_with(1, 0, UINT64_MAX), -EPROTO);
 }
 
-static int open_with(uint32_t view, uint8_t mode, uint8_t order, uint8_t look)
+static int open_with(uint32_t view, uint8_t mode, uint8_t order, uint8_t look, uint8_t create)
 {
     static uint8_t bytes[CONTROL_MAX];
     static struct control_open m;
@@ -350,17 +357,38 @@ static int open_with(uint32_t view, uint8_t mode, uint8_t order, uint8_t look)
     m.mode = mode;
     m.order = order;
     m.look = look;
+    m.create = create;
     return control_open_get(bytes, control_open_put(bytes, sizeof bytes, &m), &m);
 }
 
 static void test_opens(void **state)
 {
     (void)state;
-    assert_int_equal(open_with(1, CONTROL_PULL, CONTROL_ORDER_FAULT, 0), 0);
-    assert_int_equal(open_with(0, CONTROL_PULL, CONTROL_ORDER_FAULT, 0), -EPROTO);
-    assert_int_equal(open_with(1, CONTROL_MIRROR + 1, CONTROL_ORDER_FAULT, 0), -EPROTO);
-    assert_int_equal(open_with(1, CONTROL_PULL, CONTROL_ORDER_NONE + 1, 0), -EPROTO);
-    assert_int_equal(open_with(1, CONTROL_PULL, CONTROL_ORDER_NONE, 2), -EPROTO);
+    assert_int_equal(open_with(1, CONTROL_PULL, CONTROL_ORDER_FAULT, 0, 0), 0);
+    assert_int_equal(open_with(0, CONTROL_PULL, CONTROL_ORDER_FAULT, 0, 0), -EPROTO);
+    assert_int_equal(open_with(1, CONTROL_MIRROR + 1, CONTROL_ORDER_FAULT, 0, 0), -EPROTO);
+    assert_int_equal(open_with(1, CONTROL_PULL, CONTROL_ORDER_NONE + 1, 0, 0), -EPROTO);
+    assert_int_equal(open_with(1, CONTROL_PULL, CONTROL_ORDER_NONE, 2, 0), -EPROTO);
+    assert_int_equal(open_with(1, CONTROL_MIRROR, CONTROL_ORDER_NONE, 0, 1), 0);
+    assert_int_equal(open_with(1, CONTROL_MIRROR, CONTROL_ORDER_NONE, 0, 2), -EPROTO);
+    assert_int_equal(open_with(1, CONTROL_PULL, CONTROL_ORDER_NONE, 0, 1), -EPROTO);
+}
+
+static int truncate_with(uint32_t view, uint64_t size, uint8_t grow)
+{
+    uint8_t bytes[64];
+    struct control_truncate m = {.view = view, .size = size, .grow = grow};
+    return control_truncate_get(bytes, control_truncate_put(bytes, sizeof bytes, &m), &m);
+}
+
+static void test_truncates(void **state)
+{
+    (void)state;
+    assert_int_equal(truncate_with(1, 0, 0), 0);
+    assert_int_equal(truncate_with(1, INT64_MAX, 1), 0);
+    assert_int_equal(truncate_with(0, 0, 0), -EPROTO);
+    assert_int_equal(truncate_with(1, (uint64_t)INT64_MAX + 1, 0), -EPROTO);
+    assert_int_equal(truncate_with(1, 0, 2), -EPROTO);
 }
 
 static int name_with(uint8_t kind, uint8_t phase, uint8_t ack, uint8_t initial)
@@ -453,7 +481,7 @@ int main(void)
         cmocka_unit_test(test_round_trips),   cmocka_unit_test(test_types),   cmocka_unit_test(test_damage),
         cmocka_unit_test(test_bytes),         cmocka_unit_test(test_ranges),  cmocka_unit_test(test_values),
         cmocka_unit_test(test_other_version), cmocka_unit_test(test_largest), cmocka_unit_test(test_socket_path),
-        cmocka_unit_test(test_spans),         cmocka_unit_test(test_opens),
+        cmocka_unit_test(test_spans),         cmocka_unit_test(test_opens),  cmocka_unit_test(test_truncates),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
