@@ -105,12 +105,15 @@ int arm_missing(uint64_t addr, uint64_t len)
     return !misses ? -ENOTSUP : syscall(SYS_ioctl, arm_kept, UFFDIO_REGISTER, &r) ? -errno : 0;
 }
 
-int arm_range(uint64_t addr, uint64_t len)
+bool arm_can_mirror(void)
 {
     ready();
-    if (!protects)
-        return -ENOTSUP;
-    struct uffdio_register r = {.range = {.start = addr, .len = len}, .mode = UFFDIO_REGISTER_MODE_WP};
+    return misses && protects;
+}
+
+static int protect(uint64_t addr, uint64_t len, uint64_t mode)
+{
+    struct uffdio_register r = {.range = {.start = addr, .len = len}, .mode = mode};
     if (syscall(SYS_ioctl, arm_kept, UFFDIO_REGISTER, &r)) {
         int e = errno;
         say_format(reason, sizeof reason, "the kernel did not register the mapping (%e)", e);
@@ -125,6 +128,17 @@ int arm_range(uint64_t addr, uint64_t len)
         return -e;
     }
     return 0;
+}
+
+int arm_range(uint64_t addr, uint64_t len)
+{
+    ready();
+    return protects ? protect(addr, len, UFFDIO_REGISTER_MODE_WP) : -ENOTSUP;
+}
+
+int arm_mirror(uint64_t addr, uint64_t len)
+{
+    return arm_can_mirror() ? protect(addr, len, UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING) : -ENOTSUP;
 }
 
 void arm_fork_child(void)

@@ -277,6 +277,7 @@ static void announce(bool taken_over)
 {
     if (arm_kept >= 0)
         client_uffd(arm_kept);
+    view_announce();
     for (uint32_t n = 1; n <= SHIM_REGIONS && state == CLIENT_UP; n++) {
         struct region *r = files_region(n);
         if (!r)
@@ -289,8 +290,8 @@ static void announce(bool taken_over)
         if (r->marks)
             client_marks(n);
     }
+    view_maps_announce();
     maps_announce_all(taken_over);
-    view_announce();
 }
 
 static bool attach(void)

@@ -7,7 +7,7 @@
  *
  * No descriptor of a tracked file is ever duplicated, opened or closed here: closing any descriptor of a file drops the
  * process's POSIX locks on it. The agent gets its own by SCM_RIGHTS, in another process, where that does no harm. */
-#include "shim/shim.h"
+#include "shim/view.h"
 
 #include <string.h>
 #include <sys/sysmacros.h>
@@ -112,7 +112,7 @@ static uint32_t new_region(const struct statx *st, const struct rule *rule, cons
                 : rule->strategy == RULE_HASH || (how & FILES_STREAM) ? CONTROL_HASHED_ALL
                                                                       : CONTROL_HASHED_NEVER;
     r->fresh = how & FILES_FRESH;
-    r->fds = r->streams = 0;
+    r->fds = r->streams = r->mirror = 0;
     r->marks = NULL;
     r->used = true;
     __atomic_add_fetch(&files_open, 1, __ATOMIC_RELAXED);
@@ -122,6 +122,29 @@ static uint32_t new_region(const struct statx *st, const struct rule *rule, cons
         : r->hashed                        ? "calls and stores, found by hashing"
                                            : "calls (marked) and stores (tracked per mapping)");
     client_region(n, fd);
+    return n;
+}
+
+uint32_t files_mirror(uint32_t mount, const struct control_terms *terms)
+{
+    const struct mount *m = &view_mounts[mount - 1];
+    uint32_t n = take_number();
+    if (!n)
+        return 0;
+    struct region *r = files_region(n);
+    *r = (struct region){.used = true,
+                         .fresh = true,
+                         .hashed = CONTROL_HASHED_NEVER,
+                         .strategy = RULE_UFFD,
+                         .fds = 1,
+                         .mirror = mount,
+                         .dev = m->dev,
+                         .source = {.ino = m->ino},
+                         .terms = *terms};
+    strcpy(r->path, m->path);
+    strcpy(r->name, m->name);
+    __atomic_add_fetch(&files_open, 1, __ATOMIC_RELAXED);
+    client_region(n, view_memory(m));
     return n;
 }
 
@@ -289,6 +312,8 @@ uint32_t files_lookup_stat(const struct statx *st)
 int files_descriptor(uint32_t number)
 {
     const struct region *r = files_region(number);
+    if (r->mirror)
+        return view_memory(&view_mounts[r->mirror - 1]);
     for (int fd = 0; r->fds && fd < SHIM_FDS; fd++) {
         struct statx st;
         uint64_t dev;
@@ -353,6 +378,16 @@ void files_mark_size(uint32_t number, uint64_t size)
     MARK(number, (marks_min_size(m, size), marks_add(m, size, 1)));
 }
 
+/* Lower sizes are noted before and after the call, so that what stood beyond is dropped whenever the agent looks;
+ * higher ones make the region dirty. */
+void files_mark_resize(uint32_t number, uint64_t before, uint64_t size)
+{
+    if (size < before)
+        files_mark_size(number, size);
+    else if (size > before)
+        files_mark(number, size - 1, 1);
+}
+
 void files_mark_all(uint32_t number)
 {
     MARK(number, __atomic_store_n(&m->all, 1u, __ATOMIC_SEQ_CST));
@@ -402,6 +437,8 @@ void files_release_idle(uint32_t number)
     r->streams = 0;
     marks_retire(r);
     __atomic_sub_fetch(&files_open, 1, __ATOMIC_RELAXED);
+    if (r->mirror)
+        mirror_released(r->mirror - 1);
 }
 
 struct closing files_close_begin(int fd)
@@ -417,6 +454,8 @@ struct closing files_close_begin(int fd)
     struct held h = shim_lock();
     entry = files_entry(fd);
     if (files_viewed(entry)) {
+        c.number = view_closing(entry);
+        c.last = c.number && files_unused(c.number);
         set(fd, FD_UNKNOWN);
         view_closed(entry);
     }

@@ -227,6 +227,8 @@ static int dup_over(int oldfd, int newfd, int flags, bool three)
         return raw_fcntl(oldfd, F_GETFD, 0) < 0 ? -1 : newfd;
     if (!shim_active() || oldfd == newfd)
         return (int)syscall(SYS_dup3, oldfd, newfd, flags);
+    if (files_viewed(files_entry(newfd)) && (raw_fcntl(oldfd, F_GETFD, 0) < 0 || (flags & ~O_CLOEXEC)))
+        return (int)syscall(SYS_dup3, oldfd, newfd, flags); /* fails: what is closed there could not come back */
     struct closing c = files_close_begin(newfd);
     struct ticket t;
     if (c.last)
@@ -255,8 +257,8 @@ SHIM_EXPORT int dup3(int oldfd, int newfd, int flags)
     return dup_over(oldfd, newfd, flags, true);
 }
 
-/* What fcntl says of a pulled file as of any other that is open for reading. Locks hold against nobody: no one can
- * write to it. false: the kernel's answer is right. */
+/* What fcntl says of a remote region as of any file. Locks of a pulled one hold against nobody: no one can write to
+ * it. false: the kernel's answer is right. */
 static bool view_control(int fd, int command, void *arg, int *rc)
 {
     struct flock *lock = arg;
@@ -264,7 +266,16 @@ static bool view_control(int fd, int command, void *arg, int *rc)
                  command == F_OFD_SETLK || command == F_OFD_SETLKW;
     if ((!locks && command != F_GETFL && command != F_SETFL) || !view_of(fd))
         return false;
-    *rc = command == F_GETFL ? O_RDONLY | O_LARGEFILE : 0;
+    struct open_file *f = view_of(fd);
+    if (locks && f->held->mode == CONTROL_MIRROR) {
+        *rc = mirror_fcntl(f, command, lock, real.fcntl);
+        return true;
+    }
+    if (command == F_SETFL) {
+        uint32_t keeps = f->held->flags & ~(uint32_t)(O_APPEND | O_NONBLOCK);
+        f->held->flags = keeps | ((uint32_t)(uintptr_t)arg & (O_APPEND | O_NONBLOCK));
+    }
+    *rc = command == F_GETFL ? (int)f->held->flags | O_LARGEFILE : 0;
     int e = 0;
     if (locks && !raw_readable(lock, sizeof *lock))
         e = EFAULT;
@@ -325,8 +336,9 @@ static int raw_fdatasync(int fd)
 static int sync_file(int fd, int (*call)(int))
 {
     uint32_t region = shim_active() && __atomic_load_n(&files_open, __ATOMIC_RELAXED) ? files_lookup(fd) : 0;
-    if (view_maybe(fd) && view_of(fd))
-        return 0; /* nothing of it can be unwritten */
+    struct open_file *f = view_maybe(fd) ? view_of(fd) : view_of_unknown(fd);
+    if (f)
+        return mirror_sync(f);
     if (!region || !shim_mine())
         return call(fd);
     struct ticket t;

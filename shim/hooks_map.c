@@ -165,6 +165,10 @@ static void restore(uint64_t start, uint64_t end)
 static void track(struct range *r)
 {
     const struct region *g = files_region(r->region);
+    if (g->mirror) { /* armed already (view_map.c) */
+        r->state = RANGE_UFFD;
+        return;
+    }
     if (g->strategy == RULE_HASH || g->strategy == RULE_INOTIFY) {
         r->state = RANGE_HASHED;
         return;
@@ -253,6 +257,12 @@ static void *map_view(struct open_file *f, void *at, size_t len, int prot, int f
         restore(start, start + pages(len));
     else if (over)
         forget_tracked(start, start + pages(len));
+    start = (uint64_t)(uintptr_t)got;
+    if (got != MAP_FAILED && m->region && view_mirror_range(start)) {
+        struct range r = {
+            .start = start, .end = start + pages(len), .offset = (uint64_t)offset, .region = m->region};
+        enter(&r, true); /* whatever its protection: mprotect may come later */
+    }
     shim_unlock(&h);
     return got;
 }
@@ -361,8 +371,8 @@ static void moved(uint64_t start, uint64_t old, uint64_t to, uint64_t len, bool 
         n.end = hi == end ? to + len : to + (hi - start);
         files_region(n.region)->fds++;
         if (!keep)
-            forget(lo, hi);
-        forget(n.start, n.end);
+            forget_tracked(lo, hi);
+        forget_tracked(n.start, n.end);
         if (n.state != RANGE_IDLE) {
             track(&n);
             client_map(&n, false);
@@ -393,6 +403,8 @@ static void *remap_elsewhere(void *at, size_t old, size_t len, int flags, void *
             restore(target, target + pages(len));
     } else if (!old) {
         /* A second mapping of the same pages. */
+        forget(now, now + pages(len));
+        view_moved(start, shim_page, now, pages(len), true, false);
         struct range *r = ranges_find(&maps, start, start + 1);
         if (r) {
             struct range n = *r;
@@ -400,15 +412,15 @@ static void *remap_elsewhere(void *at, size_t old, size_t len, int flags, void *
             n.start = now;
             n.end = now + pages(len);
             files_region(n.region)->fds++;
-            forget(n.start, n.end);
             enter(&n, n.state != RANGE_IDLE);
             files_region(n.region)->fds--;
-        } else {
-            view_moved(start, shim_page, now, pages(len), true);
         }
     } else if (touches(start, old)) {
+        /* A mirror's is in both tables; it is armed before the agent hears that it may look. */
+        if (now != start)
+            forget(now, now + pages(len));
+        view_moved(start, pages(old), now, pages(len), keep, true);
         moved(start, pages(old), now, pages(len), keep);
-        view_moved(start, pages(old), now, pages(len), keep);
     } else {
         forget(now, now + pages(len));
     }
@@ -431,8 +443,8 @@ static void *remap(void *at, size_t old, size_t len, int flags, void *to)
     if (got != MAP_FAILED && new_end < old_end)
         forget(new_end, old_end);
     else if (got != MAP_FAILED && new_end > old_end) {
-        grown(old_end, new_end);
         view_grown(old_end, new_end);
+        grown(old_end, new_end);
     }
     else if (got == MAP_FAILED && new_end < old_end)
         restore(new_end, old_end);
@@ -474,7 +486,7 @@ static void arm_idle(uint64_t start, uint64_t end)
     shim_unlock(&h);
 }
 
-/* false, with errno, where that may not be: a shared mapping of what is pulled. */
+/* false, with errno, where that may not be: a shared mapping of what is only read. */
 static bool becomes_writable(uint64_t start, size_t len)
 {
     if (view_shared(start, start + pages(len))) {
@@ -538,7 +550,7 @@ SHIM_EXPORT int madvise(void *at, size_t len, int advice)
     bool ours =
         (hint || advice == MADV_REMOVE || advice == MADV_DONTFORK || advice == MADV_DOFORK) && touched(at, len);
     if (ours && advice == MADV_REMOVE && view_shows(start, end)) {
-        errno = EACCES;
+        errno = view_mirrored(start, end) ? EOPNOTSUPP : EACCES;
         return -1;
     }
     if (ours && advice == MADV_REMOVE)

@@ -155,8 +155,9 @@ SHIM_EXPORT int renameat2(int olddir, const char *old, int newdir, const char *n
 static int removed(int dir, const char *path, int flags)
 {
     struct scratch *s = NULL;
-    if (!(flags & AT_REMOVEDIR) && view_denied(dir, path))
-        return -1;
+    int viewed = flags & AT_REMOVEDIR ? VIEW_NOT_OURS : view_unlink(dir, path);
+    if (viewed != VIEW_NOT_OURS)
+        return viewed;
     int saved = errno;
     if (shim_active() && !(flags & AT_REMOVEDIR) && may_match(path) && shim_mine())
         s = prepare(dir, path, CONTROL_NAME_UNLINK);

@@ -51,9 +51,10 @@ static ssize_t piece(struct mount *m, const struct iovec *iov, int n, uint64_t d
 static ssize_t read_at(struct mount *m, const struct iovec *iov, int n, uint64_t at, uint64_t len)
 {
     uint64_t done = 0;
-    if (at >= m->size)
+    uint64_t size = view_size(m);
+    if (at >= size)
         return 0;
-    len = len < m->size - at ? len : m->size - at;
+    len = len < size - at ? len : size - at;
     while (done < len) {
         uint64_t most = PIECE - (at + done) % PIECE;
         ssize_t got = piece(m, iov, n, done, at + done, len - done < most ? len - done : most);
@@ -93,6 +94,10 @@ static ssize_t read_view(struct open_file *f, const struct iovec *iov, int n, of
 {
     uint64_t len;
     struct mount *m = view_mount(f);
+    if ((f->held->flags & O_ACCMODE) == O_WRONLY) {
+        errno = EBADF;
+        return -1;
+    }
     if (!m || !total(iov, n, &len))
         return -1;
     if (at < HERE) {
@@ -207,7 +212,7 @@ SHIM_EXPORT ssize_t __pread64_chk(int fd, void *to, size_t len, off64_t at, size
 
 static off_t seek_view(struct open_file *f, off_t at, int whence)
 {
-    uint64_t size = f->held->size, seen = __atomic_load_n(&f->held->offset, __ATOMIC_SEQ_CST);
+    uint64_t size = view_file_size(f), seen = __atomic_load_n(&f->held->offset, __ATOMIC_SEQ_CST);
     int64_t to;
     do {
         bool wrong = false;
@@ -292,10 +297,13 @@ SHIM_EXPORT ssize_t readahead(int fd, off64_t at, size_t len)
     return syscall(SYS_readahead, fd, at, len);
 }
 
-/* Nobody can write to it: a lock holds against no one, in any process. */
+/* Nobody can write to what is pulled: a lock holds against no one, in any process. */
 SHIM_EXPORT int flock(int fd, int operation)
 {
-    return view_maybe(fd) && view_of(fd) ? 0 : (int)syscall(SYS_flock, fd, operation);
+    struct open_file *f = view_maybe(fd) ? view_of(fd) : view_of_unknown(fd);
+    return !f                                ? (int)syscall(SYS_flock, fd, operation)
+           : f->held->mode == CONTROL_MIRROR ? mirror_flock(f, operation)
+                                             : 0;
 }
 
 /* ---- from a view to another descriptor, within the kernel */
@@ -317,7 +325,7 @@ ssize_t view_transfer(int from, off64_t *from_at, size_t len, view_move *move, v
         errno = EINVAL;
         return -1;
     }
-    uint64_t left = start < m->size ? m->size - start : 0;
+    uint64_t size = view_size(m), left = start < size ? size - start : 0;
     len = len < left ? len : left;
     len = len < PIECE ? len : PIECE;
     int rc = len ? view_need(m, start, len) : 0, memory = rc ? -1 : view_memory(m);

@@ -1,5 +1,5 @@
 /* What is said of a pulled file without reading it: a regular file of the region's size, of this user, that may be
- * read. Device and inode are made of the region's lineage, the same before and after it is opened. */
+ * read, and written if it is a mirror. Device and inode are the same before and after it is opened. */
 #include "shim/real.h"
 #include "shim/view.h"
 
@@ -8,12 +8,12 @@
 
 #define BLOCK 4096u
 
-static void describe(struct stat *st, uint64_t size, int64_t mtime_ns, const struct id *lineage)
+static void describe(struct stat *st, uint64_t size, int64_t mtime_ns, uint64_t ino, bool writable)
 {
     memset(st, 0, sizeof *st);
     st->st_dev = VIEW_DEV;
-    st->st_ino = view_ino(lineage);
-    st->st_mode = S_IFREG | 0444;
+    st->st_ino = ino;
+    st->st_mode = S_IFREG | (writable ? 0644 : 0444);
     st->st_nlink = 1;
     st->st_uid = geteuid();
     st->st_gid = getegid();
@@ -56,7 +56,8 @@ static bool asked_fd(int fd, struct stat *st)
 {
     struct open_file *f = view_maybe(fd) ? view_of(fd) : NULL;
     if (f)
-        describe(st, f->held->size, f->held->mtime_ns, &f->held->lineage);
+        describe(st, view_file_size(f), view_file_mtime(f), view_ino(&f->held->lineage, f->held->mode, f->held->name),
+                 f->held->mode == CONTROL_MIRROR);
     return f;
 }
 
@@ -72,9 +73,11 @@ static bool asked_path(int dir, const char *path, bool follow, struct stat *st, 
         return ours;
     }
     struct control_view v;
-    *rc = view_look(p->rule, p->path, &v);
+    char name[NAME_CAP] = "";
+    *rc = view_look(p->rule, p->path, &v, name);
+    uint8_t mode = p->rule->mode == RULE_MIRROR ? CONTROL_MIRROR : CONTROL_PULL;
     if (!*rc)
-        describe(st, v.size, v.mtime_ns, &v.lineage);
+        describe(st, v.size, v.mtime_ns, view_ino(&v.lineage, mode, name), mode == CONTROL_MIRROR);
     view_path_end(p);
     return true;
 }
@@ -250,7 +253,7 @@ static int may(int dir, const char *path, int how, bool follow)
     int rc;
     if (!pulls() || !asked_path(dir, path, follow, &st, &rc))
         return 1;
-    if (!rc && (how & W_OK))
+    if (!rc && (how & W_OK) && !(st.st_mode & S_IWUSR))
         rc = -EROFS;
     else if (!rc && (how & X_OK))
         rc = -EACCES;

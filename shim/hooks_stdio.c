@@ -62,6 +62,12 @@ static ssize_t stream_read(void *of, char *to, size_t len)
     return read((int)(intptr_t)of, to, len);
 }
 
+static ssize_t stream_write(void *of, const char *from, size_t len)
+{
+    ssize_t done = write((int)(intptr_t)of, from, len);
+    return done < 0 ? 0 : done; /* what fopencookie wants to hear of an error */
+}
+
 static int stream_seek(void *of, off64_t *at, int whence)
 {
     off64_t to = lseek64((int)(intptr_t)of, *at, whence);
@@ -89,10 +95,15 @@ static bool view_stream_add(FILE *f, int fd)
     return false;
 }
 
-static FILE *view_stream(int fd)
+/* mode as for fopen. */
+static FILE *view_stream(int fd, const char *mode)
 {
-    cookie_io_functions_t calls = {.read = stream_read, .seek = stream_seek, .close = stream_close};
-    FILE *f = fopencookie((void *)(intptr_t)fd, "r", calls);
+    char plain[3] = {mode[0], mode_writes(mode) && mode[strcspn(mode, "+,")] == '+' ? '+' : 0};
+    cookie_io_functions_t calls = {
+        .read = stream_read, .write = stream_write, .seek = stream_seek, .close = stream_close};
+    FILE *f = fopencookie((void *)(intptr_t)fd, plain, calls);
+    if (f && mode_writes(mode))
+        stream_add(f); /* exit flushes it after our last sync point */
     if (f && !view_stream_add(f, fd))
         say_once(SAY_WARN, "more than %d streams over pulled files: fileno fails for the rest", VIEW_STREAMS);
     return f;
@@ -143,7 +154,7 @@ static bool view_fopen(const char *path, const char *mode, FILE **f)
     int fd = view_open(AT_FDCWD, path, open_flags(mode));
     if (fd == VIEW_NOT_OURS)
         return false;
-    *f = fd < 0 ? NULL : view_stream(fd);
+    *f = fd < 0 ? NULL : view_stream(fd, mode);
     if (fd >= 0 && !*f)
         close(fd);
     return true;
@@ -151,11 +162,15 @@ static bool view_fopen(const char *path, const char *mode, FILE **f)
 
 void streams_inherited(void)
 {
-    if (!view_maybe(STDIN_FILENO))
-        return;
-    FILE *f = view_stream(STDIN_FILENO);
-    if (f)
-        stdin = f;
+    FILE **const standard[] = {&stdin, &stdout, &stderr};
+    for (int fd = 0; fd <= 2; fd++) {
+        FILE *f = view_maybe(fd) ? view_stream(fd, fd ? "a" : "r") : NULL;
+        if (!f)
+            continue;
+        if (fd == STDERR_FILENO)
+            setvbuf(f, NULL, _IONBF, 0);
+        *standard[fd] = f;
+    }
 }
 
 /* ---- streams over files */
@@ -192,8 +207,11 @@ SHIM_EXPORT FILE *fopen64(const char *path, const char *mode)
 SHIM_EXPORT FILE *fdopen(int fd, const char *mode)
 {
     if (view_maybe(fd) && view_of(fd)) {
-        if (mode && mode[0] == 'r' && !mode_writes(mode))
-            return view_stream(fd);
+        struct open_file *f = view_of(fd);
+        if (mode && strchr("rwa", mode[0]) && (!mode_writes(mode) || view_writable(f))) {
+            f->held->flags |= mode[0] == 'a' ? O_APPEND : 0;
+            return view_stream(fd, mode);
+        }
         errno = EINVAL;
         return NULL;
     }
@@ -208,6 +226,15 @@ SHIM_EXPORT FILE *fdopen(int fd, const char *mode)
     return f;
 }
 
+/* A standard stream that is another one from now on. */
+static void stands_for(const FILE *old, FILE *now)
+{
+    FILE **const standard[] = {&stdin, &stdout, &stderr};
+    for (int i = 0; now && i < 3; i++)
+        if (*standard[i] == old)
+            *standard[i] = now;
+}
+
 /* The stream's old file is flushed and closed within the call. */
 static FILE *reopened(const char *path, const char *mode, FILE *f, __typeof__(&freopen) call)
 {
@@ -216,15 +243,13 @@ static FILE *reopened(const char *path, const char *mode, FILE *f, __typeof__(&f
     FILE *viewed;
     if (path && view_fopen(path, mode, &viewed)) {
         fclose(f);
-        if (viewed && f == stdin)
-            stdin = viewed;
+        stands_for(f, viewed);
         return viewed;
     }
     if (view_fileno(f) >= 0) { /* made by us, it cannot become a file's; a new one takes its place */
         FILE *now = path ? fopen(path, mode) : NULL;
         fclose(f);
-        if (now && f == stdin)
-            stdin = now;
+        stands_for(f, now);
         return now;
     }
     struct closing c = {0};
@@ -259,6 +284,7 @@ SHIM_EXPORT int fclose(FILE *f)
     struct closing c = {0};
     if (view_fileno(f) >= 0) {
         view_stream_drop(f);
+        stream_drop(f);
         return REAL(fclose)(f); /* closes the descriptor through our close */
     }
     int saved = errno, fd = fileno(f);

@@ -136,15 +136,39 @@ static uint64_t total(const struct iovec *iov, int n)
     return sum;
 }
 
+/* Into a mirror. A descriptor that came over exec is known only after it was looked at. */
+static struct open_file *mirrored(int fd)
+{
+    if (!__builtin_expect(view_pulls, false) || !shim_active())
+        return NULL;
+    struct open_file *f = view_maybe(fd) ? view_of(fd) : view_of_unknown(fd);
+    return f && f->held->mode == CONTROL_MIRROR ? f : NULL;
+}
+
+#define MIRRORED(fd, vector, count, at, flags)                                                                         \
+    do {                                                                                                               \
+        struct open_file *f_ = mirrored(fd);                                                                           \
+        if (__builtin_expect(f_ != NULL, false))                                                                       \
+            return view_write(f_, vector, count, at, flags);                                                           \
+    } while (0)
+#define ONE(from, len) (&(struct iovec){(void *)(uintptr_t)(from), len})
+
+static off_t offset_of(off_t at)
+{
+    return at < 0 ? -2 : at;
+}
+
 SHIM_EXPORT ssize_t write(int fd, const void *from, size_t len)
 {
     VIEW_BUFFER(from, len);
+    MIRRORED(fd, ONE(from, len), 1, HERE, 0);
     WRITING(fd, HERE, len, false, real.write ? real.write(fd, from, len) : syscall(SYS_write, fd, from, len));
 }
 
 SHIM_EXPORT ssize_t pwrite(int fd, const void *from, size_t len, off_t at)
 {
     VIEW_BUFFER(from, len);
+    MIRRORED(fd, ONE(from, len), 1, offset_of(at), 0);
     WRITING(fd, at, len, false,
             real.pwrite ? real.pwrite(fd, from, len, at) : syscall(SYS_pwrite64, fd, from, len, at));
 }
@@ -152,6 +176,7 @@ SHIM_EXPORT ssize_t pwrite(int fd, const void *from, size_t len, off_t at)
 SHIM_EXPORT ssize_t pwrite64(int fd, const void *from, size_t len, off64_t at)
 {
     VIEW_BUFFER(from, len);
+    MIRRORED(fd, ONE(from, len), 1, offset_of(at), 0);
     WRITING(fd, at, len, false,
             real.pwrite64 ? real.pwrite64(fd, from, len, at) : syscall(SYS_pwrite64, fd, from, len, at));
 }
@@ -159,6 +184,7 @@ SHIM_EXPORT ssize_t pwrite64(int fd, const void *from, size_t len, off64_t at)
 SHIM_EXPORT ssize_t writev(int fd, const struct iovec *iov, int n)
 {
     VIEW_BUFFERS(iov, n);
+    MIRRORED(fd, iov, n, HERE, 0);
     if (!tracked(fd))
         return real.writev ? real.writev(fd, iov, n) : syscall(SYS_writev, fd, iov, n);
     WRITING(fd, HERE, total(iov, n), false, real.writev(fd, iov, n));
@@ -167,6 +193,7 @@ SHIM_EXPORT ssize_t writev(int fd, const struct iovec *iov, int n)
 SHIM_EXPORT ssize_t pwritev(int fd, const struct iovec *iov, int n, off_t at)
 {
     VIEW_BUFFERS(iov, n);
+    MIRRORED(fd, iov, n, offset_of(at), 0);
     if (!tracked(fd))
         return real.pwritev ? real.pwritev(fd, iov, n, at) : syscall(SYS_pwritev, fd, iov, n, at, 0);
     WRITING(fd, at, total(iov, n), false, real.pwritev(fd, iov, n, at));
@@ -175,6 +202,7 @@ SHIM_EXPORT ssize_t pwritev(int fd, const struct iovec *iov, int n, off_t at)
 SHIM_EXPORT ssize_t pwritev64(int fd, const struct iovec *iov, int n, off64_t at)
 {
     VIEW_BUFFERS(iov, n);
+    MIRRORED(fd, iov, n, offset_of(at), 0);
     if (!tracked(fd))
         return real.pwritev64 ? real.pwritev64(fd, iov, n, at) : syscall(SYS_pwritev, fd, iov, n, at, 0);
     WRITING(fd, at, total(iov, n), false, real.pwritev64(fd, iov, n, at));
@@ -183,6 +211,7 @@ SHIM_EXPORT ssize_t pwritev64(int fd, const struct iovec *iov, int n, off64_t at
 SHIM_EXPORT ssize_t pwritev2(int fd, const struct iovec *iov, int n, off_t at, int flags)
 {
     VIEW_BUFFERS(iov, n);
+    MIRRORED(fd, iov, n, at, flags);
     if (!tracked(fd))
         return real.pwritev2 ? real.pwritev2(fd, iov, n, at, flags) : syscall(SYS_pwritev2, fd, iov, n, at, 0, flags);
     WRITING(fd, at, total(iov, n), flags & (RWF_SYNC | RWF_DSYNC), real.pwritev2(fd, iov, n, at, flags));
@@ -191,6 +220,7 @@ SHIM_EXPORT ssize_t pwritev2(int fd, const struct iovec *iov, int n, off_t at, i
 SHIM_EXPORT ssize_t pwritev64v2(int fd, const struct iovec *iov, int n, off64_t at, int flags)
 {
     VIEW_BUFFERS(iov, n);
+    MIRRORED(fd, iov, n, at, flags);
     if (!tracked(fd))
         return real.pwritev64v2 ? real.pwritev64v2(fd, iov, n, at, flags)
                                 : syscall(SYS_pwritev2, fd, iov, n, at, 0, flags);
@@ -219,6 +249,9 @@ static ssize_t spliced(int memory, off64_t *at, size_t len, void *of)
 static ssize_t send_file(int to, int from, off64_t *at, size_t len)
 {
     struct destination d = {.fd = to};
+    struct open_file *f = mirrored(to);
+    if (f)
+        return view_send(f, from, at, len);
     ssize_t moved = view_maybe(from) ? view_transfer(from, at, len, sent, &d) : VIEW_NOT_OURS;
     return moved == VIEW_NOT_OURS ? syscall(SYS_sendfile, to, from, at, len) : moved;
 }
@@ -236,6 +269,10 @@ SHIM_EXPORT ssize_t sendfile64(int to, int from, off64_t *at, size_t len)
 static ssize_t splice_any(int from, off64_t *from_at, int to, off64_t *to_at, size_t len, unsigned flags)
 {
     struct destination d = {.fd = to, .flags = flags, .at = to_at};
+    if (mirrored(to)) { /* as of a file that cannot be spliced into */
+        errno = EINVAL;
+        return -1;
+    }
     ssize_t moved = view_maybe(from) ? view_transfer(from, from_at, len, spliced, &d) : VIEW_NOT_OURS;
     return moved != VIEW_NOT_OURS ? moved
            : real.splice          ? real.splice(from, from_at, to, to_at, len, flags)
@@ -245,7 +282,7 @@ static ssize_t splice_any(int from, off64_t *from_at, int to, off64_t *to_at, si
 /* Between two file systems no kernel copies a range: programs know it and read. */
 static ssize_t copy_range(int from, off64_t *from_at, int to, off64_t *to_at, size_t len, unsigned flags)
 {
-    if (view_maybe(from) && view_of(from)) {
+    if ((view_maybe(from) && view_of(from)) || mirrored(to)) {
         errno = EXDEV;
         return -1;
     }
@@ -289,18 +326,15 @@ SHIM_EXPORT ssize_t sendmsg(int fd, const struct msghdr *m, int flags)
 
 /* ---- sizes */
 
-/* Lower sizes are noted before and after the call, so that what stood beyond is dropped whenever the agent looks;
- * higher ones make the region dirty. */
-static void mark_size(uint32_t region, uint64_t before, uint64_t size)
-{
-    if (size < before)
-        files_mark_size(region, size);
-    else if (size > before)
-        files_mark(region, size - 1, 1);
-}
-
 static int truncate_fd(int fd, off_t size)
 {
+    struct open_file *f = mirrored(fd);
+    if (f && (size < 0 || !view_writable(f))) {
+        errno = EINVAL;
+        return -1;
+    }
+    if (f)
+        return mirror_resize(f, (uint64_t)size);
     uint32_t region = size >= 0 ? tracked(fd) : 0;
     if (!region)
         return (int)syscall(SYS_ftruncate, fd, size);
@@ -309,11 +343,11 @@ static int truncate_fd(int fd, off_t size)
     files_mark(region, 0, 0);
     enter(&w, fd, region);
     uint64_t before = size_of(fd);
-    mark_size(region, before, (uint64_t)size);
+    files_mark_resize(region, before, (uint64_t)size);
     errno = saved;
     int rc = (int)syscall(SYS_ftruncate, fd, size);
     saved = errno;
-    mark_size(region, before, (uint64_t)size);
+    files_mark_resize(region, before, (uint64_t)size);
     leave(&w);
     errno = saved;
     return rc;
@@ -347,8 +381,9 @@ static int descriptor_at(const char *path)
 static int truncate_path(const char *path, off_t size)
 {
     struct statx st;
-    if (view_denied(AT_FDCWD, path))
-        return -1;
+    int viewed = view_truncate_path(path, size);
+    if (viewed != VIEW_NOT_OURS)
+        return viewed;
     if (!shim_active() || size < 0 || !shim_mine() || raw_statx(AT_FDCWD, path, 0, STATX_TYPE, &st) ||
         !S_ISREG(st.stx_mode) || !names_matched(path))
         return (int)syscall(SYS_truncate, path, size);
@@ -382,11 +417,14 @@ static void mark_allocation(uint32_t region, int mode, off_t at, off_t len, uint
     } else if (mode & ~FALLOC_FL_KEEP_SIZE) {
         files_mark(region, (uint64_t)at, (uint64_t)len);
     }
-    mark_size(region, before, now);
+    files_mark_resize(region, before, now);
 }
 
 static int allocate(int fd, int mode, off_t at, off_t len)
 {
+    struct open_file *f = mirrored(fd);
+    if (f)
+        return view_allocate(f, mode, at, len);
     uint32_t region = at >= 0 && len > 0 ? tracked(fd) : 0;
     if (!region)
         return real.fallocate ? real.fallocate(fd, mode, at, len) : (int)syscall(SYS_fallocate, fd, mode, at, len);
@@ -418,11 +456,14 @@ SHIM_EXPORT int fallocate64(int fd, int mode, off64_t at, off64_t len)
 /* It changes no byte but may make the file longer. */
 static int reserve(int fd, off_t at, off_t len, __typeof__(&posix_fallocate) call)
 {
+    struct open_file *f = mirrored(fd);
+    if (f)
+        return view_allocate(f, 0, at, len) ? errno : 0;
     uint32_t region = tracked(fd);
     uint64_t before = region ? size_of(fd) : 0;
     int rc = call ? call(fd, at, len) : syscall(SYS_fallocate, fd, 0, at, len) ? errno : 0;
     if (region)
-        mark_size(region, before, size_of(fd));
+        files_mark_resize(region, before, size_of(fd));
     return rc;
 }
 
@@ -444,7 +485,7 @@ SHIM_EXPORT int ioctl(int fd, unsigned long request, ...)
     void *arg = va_arg(args, void *);
     va_end(args);
     if (view_maybe(fd) && view_of(fd)) {
-        errno = ENOTTY;
+        errno = request == FICLONE || request == FICLONERANGE ? EOPNOTSUPP : ENOTTY;
         return -1;
     }
     uint32_t region = request == FICLONE || request == FICLONERANGE ? tracked(fd) : 0;

@@ -223,7 +223,7 @@ static bool read_rules(void)
     }
     drop_unbuilt_rules();
     for (unsigned i = 0; i < shim.rules.count; i++)
-        view_pulls |= shim.rules.rule[i].mode == RULE_PULL;
+        view_pulls |= shim.rules.rule[i].mode == RULE_PULL || shim.rules.rule[i].mode == RULE_MIRROR;
     return shim.rules.count > 0;
 }
 

@@ -24,7 +24,7 @@ struct rule {
     enum rule_strategy strategy;
     uint8_t order;         /* enum control_order, of a pull */
     struct control_terms terms;
-    const char *not_built; /* what of this rule is understood and not built, e.g. "mirror", "resident=", "strategy=fuse"; else NULL */
+    const char *not_built; /* what of this rule is understood and not built, e.g. "resident=", "strategy=fuse"; else NULL */
 };
 
 struct rules {

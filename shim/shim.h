@@ -92,7 +92,8 @@ struct region {
     bool used, fresh;
     uint8_t hashed;   /* enum control_hashed */
     uint32_t streams; /* stdio streams that write it unseen, where it is not hashed anyway */
-    uint32_t fds;     /* writable descriptors */
+    uint32_t fds;     /* writable descriptors; of a mirror: open files */
+    uint32_t mirror;  /* index + 1 of the mount that it is the other half of (view.h); 0: a file */
     enum rule_strategy strategy;
     uint64_t dev;
     struct source source;
@@ -146,6 +147,9 @@ void files_source(const struct statx *st, uint64_t *dev, struct source *s);
 /* Marks for the agent (wire/shared.h); the memory is made at the first. */
 void files_mark(uint32_t number, uint64_t offset, uint64_t len);
 void files_mark_size(uint32_t number, uint64_t size); /* cut to size */
+void files_mark_resize(uint32_t number, uint64_t before, uint64_t size);
+/* A region that is a mirror's, with one of `fds` the caller's: its number, or 0. Lock held. */
+uint32_t files_mirror(uint32_t mount, const struct control_terms *terms);
 void files_mark_all(uint32_t number);
 void files_mark_streams(uint32_t number); /* what stdio may have written, which no hook sees. 0: of all regions */
 
@@ -177,6 +181,9 @@ bool arm_can_miss(void);        /* lock held */
 extern bool arm_user_mode_only; /* the kernel's own accesses to what is missing fail */
 /* Registers and write-protects [addr, addr + len). 0 or a negative errno; arm_reason() says more. Lock held. */
 int arm_range(uint64_t addr, uint64_t len);
+bool arm_can_mirror(void);                     /* lock held */
+/* For missing faults and for protection in one, protected. Lock held. */
+int arm_mirror(uint64_t addr, uint64_t len);
 const char *arm_reason(void);
 extern int arm_kept; /* -1 when none is open */
 void arm_fork_child(void);
@@ -251,8 +258,11 @@ int view_own_above(int fd); /* the lowest of them from fd on, or -1. Lock held *
 /* An O_PATH descriptor: its entry when it is one of a view that came by exec or a message, else 0. Lock held. */
 uint32_t view_adopt(int fd, const struct statx *st);
 void view_closed(uint32_t entry);          /* one descriptor less. Lock held */
+/* Before that: the region of which it is the last open file's last descriptor, whose `fds` are then one less; 0. Lock held */
+uint32_t view_closing(uint32_t entry);
 void view_copied(uint32_t entry, int newfd);
-void view_announce(void);                  /* to a new agent. Lock held */
+void view_announce(void);                  /* to a new agent, before regions. Lock held */
+void view_maps_announce(void);             /* after them. Lock held */
 void view_arrived(const void *message, size_t len, const int *fds, unsigned n); /* takes over fds. Lock held */
 void view_fork_prepare(void);              /* lock held */
 void view_fork_parent(void);               /* lock held */

@@ -20,6 +20,9 @@
 
 bool view_pulls;
 static struct open_file opens[SHIM_VIEWS];
+uint32_t view_lockings;
+
+#define OPEN_TRIES 3
 
 struct open_file *view_of(int fd)
 {
@@ -46,7 +49,8 @@ struct open_file *view_of_unknown(int fd)
 
 static void set(int fd, uint32_t entry)
 {
-    __atomic_store_n(&files_fd[fd], entry, __ATOMIC_RELAXED);
+    if ((unsigned)fd < SHIM_FDS)
+        __atomic_store_n(&files_fd[fd], entry, __ATOMIC_RELAXED);
 }
 
 static uint32_t opens_free(void)
@@ -86,24 +90,32 @@ static void describe(struct held_file *h, const struct mount *m)
 {
     *h = (struct held_file){.magic = VIEW_MAGIC,
                             .version = SHARED_VERSION,
-                            .size = m->size,
+                            .size = view_size(m),
                             .epoch = m->epoch,
                             .fetch_timeout_ms = m->fetch_timeout_ms,
                             .mtime_ns = m->mtime_ns,
                             .lineage = m->lineage,
-                            .order = m->order};
+                            .order = m->order,
+                            .mode = m->mode};
     strcpy(h->path, m->path);
     strcpy(h->name, m->name);
 }
 
-/* A descriptor of the program for the mount, whose opens were raised for it. -1 with errno. Lock held. */
-static int file_made(uint32_t mount, int flags)
+/* What of open's flags F_GETFL tells again. */
+#define KEPT_FLAGS (O_ACCMODE | O_APPEND | O_NONBLOCK | O_SYNC | O_DSYNC | O_DIRECT | O_NOATIME)
+
+/* A descriptor of the program for the mount, whose opens were raised for it, and the region's `fds` if it writes. -1
+ * with errno. Lock held. */
+static int file_made(uint32_t mount, int flags, bool writes, const struct control_terms *terms)
 {
     static struct held_file what;
     struct held_file *at = NULL;
     struct stat st;
     uint32_t n = opens_free();
     describe(&what, &view_mounts[mount - 1]);
+    what.flags = (uint32_t)(flags & KEPT_FLAGS);
+    if (terms)
+        what.terms = *terms;
     int held = n ? held_make(&what, &at) : -ENFILE, fd = -1, rc = held < 0 ? held : 0;
     if (!rc) {
         char link[32];
@@ -123,7 +135,8 @@ static int file_made(uint32_t mount, int flags)
         errno = -rc;
         return -1;
     }
-    opens[n - 1] = (struct open_file){.held = at, .fds = 1, .mount = mount, .dev = st.st_dev, .ino = st.st_ino};
+    opens[n - 1] = (struct open_file){
+        .held = at, .fds = 1, .mount = mount, .dev = st.st_dev, .ino = st.st_ino, .writes = writes};
     view_counted(1);
     uint32_t stale = files_entry(fd);
     set(fd, FD_VIEW + n - 1);
@@ -131,31 +144,43 @@ static int file_made(uint32_t mount, int flags)
     return fd;
 }
 
-static int opened(struct view_pending *p, int flags)
+static bool wants_write(int flags)
 {
-    int n = view_mount_made(p);
-    if (n < 0) {
-        errno = -n;
-        return -1;
-    }
+    return (flags & O_ACCMODE) != O_RDONLY || (flags & O_TRUNC);
+}
+
+/* The mount, whose opens were raised for it, gets a descriptor: the number, or a negative errno. */
+static int opened(uint32_t n, int flags, const struct control_terms *terms)
+{
+    struct mount *m = &view_mounts[n - 1];
+    bool writes = m->mode == CONTROL_MIRROR && wants_write(flags);
     struct held h = shim_lock();
     bool eager = !arm_can_miss();
     shim_unlock(&h);
     int rc = 0;
     if (eager) {
-        say_once(SAY_WARN, "%s: %s; pulled regions are fetched whole before they open", p->ask.open.path, arm_reason());
-        rc = view_need(&view_mounts[n - 1], 0, view_mounts[n - 1].size);
+        say_once(SAY_WARN, "%s: %s; pulled regions are fetched whole before they open", m->path, arm_reason());
+        rc = view_need(m, 0, view_size(m));
     }
+    if (!rc && writes)
+        rc = mirror_attach(n, terms);
+    bool attached = writes && !rc;
     h = shim_lock();
-    int fd = rc ? -1 : file_made((uint32_t)n, flags);
-    int e = rc ? -rc : errno;
+    int fd = rc ? -1 : file_made(n, flags, writes, terms);
     if (fd < 0) {
-        view_mounts[n - 1].opens--;
-        view_release_idle((uint32_t)n - 1);
-        h.error = e;
+        rc = rc ? rc : -errno;
+        if (attached)
+            mirror_let_go(n - 1);
+        m->opens--;
+        view_release_idle(n - 1);
     }
     shim_unlock(&h);
-    return fd;
+    if (fd >= 0 && writes && (flags & O_TRUNC) && mirror_resize(&opens[files_entry(fd) - FD_VIEW], 0)) {
+        rc = -errno;
+        close(fd);
+        fd = -1;
+    }
+    return fd < 0 ? rc : fd;
 }
 
 /* A pending is too much for a small stack. */
@@ -171,34 +196,68 @@ static int prepare(struct view_pending *p, const struct rule *rule, const char *
         say(SAY_ERROR, "%s: %s", path, error);
         return -EINVAL;
     }
-    view_terms(&p->ask.open, path, name, rule->order, shim.fetch_timeout_ms);
+    view_terms(&p->ask.open, path, name, rule->order, rule->mode == RULE_MIRROR ? CONTROL_MIRROR : CONTROL_PULL,
+               shim.fetch_timeout_ms);
     return 0;
+}
+
+/* Asks for the region and opens it. Somebody may write it between the two; then both are done again. */
+static int ask_and_open(struct view_pending *p, const struct rule *rule, int flags)
+{
+    int rc = -ESTALE;
+    p->ask.open.create = rule->mode == RULE_MIRROR && (flags & O_CREAT);
+    for (int tries = 0; tries < OPEN_TRIES && rc == -ESTALE; tries++) {
+        struct held h = shim_lock();
+        uint32_t known = rule->mode == RULE_MIRROR ? mirror_known(p->ask.open.name) : 0;
+        shim_unlock(&h);
+        rc = known ? (int)known : view_ask(p);
+        if (!rc)
+            rc = view_mount_made(p);
+        if (rc > 0)
+            rc = opened((uint32_t)rc, flags, &rule->terms);
+    }
+    return rc;
 }
 
 int view_open_region(const struct rule *rule, const char *path, int flags)
 {
     struct view_pending *p = pending_new();
-    int rc = p ? prepare(p, rule, path) : -ENOMEM, fd = -1;
+    int rc = p ? prepare(p, rule, path) : -ENOMEM, saved = errno;
+    if (!rc && wants_write(flags) && !mirror_possible(rule, path))
+        rc = -EOPNOTSUPP;
     if (!rc)
-        rc = view_ask(p);
-    if (rc)
-        errno = -rc;
-    else
-        fd = opened(p, flags);
-    int saved = errno;
+        rc = ask_and_open(p, rule, flags);
     if (p)
         raw_munmap(p, sizeof *p);
-    if (fd >= 0)
+    if (rc >= 0)
         say(SAY_INFO, "%s is the remote's region", path);
-    errno = saved;
-    return fd;
+    errno = rc < 0 ? -rc : saved;
+    return rc < 0 ? -1 : rc;
 }
 
-int view_look(const struct rule *rule, const char *path, struct control_view *v)
+/* What this process writes to it knows itself. */
+static bool known_here(const char *name, struct control_view *v)
+{
+    struct held h = shim_lock();
+    uint32_t n = mirror_known(name);
+    if (n) {
+        struct mount *m = &view_mounts[n - 1];
+        *v = (struct control_view){.size = view_size(m),
+                                   .mtime_ns = m->wrote_ns ? m->wrote_ns : m->mtime_ns,
+                                   .lineage = m->lineage};
+        m->opens--;
+    }
+    shim_unlock(&h);
+    return n;
+}
+
+int view_look(const struct rule *rule, const char *path, struct control_view *v, char name[NAME_CAP])
 {
     struct view_pending *p = pending_new();
     int rc = p ? prepare(p, rule, path) : -ENOMEM;
-    if (!rc) {
+    if (p)
+        strcpy(name, p->ask.open.name);
+    if (!rc && !(rule->mode == RULE_MIRROR && known_here(name, v))) {
         p->ask.open.look = 1;
         rc = view_ask(p);
         *v = p->view;
@@ -208,30 +267,40 @@ int view_look(const struct rule *rule, const char *path, struct control_view *v)
     return rc;
 }
 
-/* The view of an open file that came by exec or a message: that very epoch. */
+/* The view of an open file that came by exec or a message: that very epoch, or the mirror that it is of. */
 static int resume(struct open_file *f)
 {
     struct view_pending *p = pending_new();
     if (!p)
         return -ENOMEM;
-    view_terms(&p->ask.open, f->held->path, f->held->name, f->held->order, f->held->fetch_timeout_ms);
+    view_terms(&p->ask.open, f->held->path, f->held->name, f->held->order, f->held->mode, f->held->fetch_timeout_ms);
     p->ask.epoch = f->held->epoch;
     p->ask.lineage = f->held->lineage;
     p->ask.size = f->held->size;
-    p->resume = true;
-    int rc = view_ask(p);
+    p->resume = f->held->mode == CONTROL_PULL;
+    struct held h = shim_lock();
+    int rc = p->resume ? 0 : (int)mirror_known(f->held->name);
+    shim_unlock(&h);
+    if (!rc)
+        rc = view_ask(p);
     if (rc == -ESTALE)
         say_once(SAY_ERROR, "%s: the remote has gone on, and the epoch that was open is not kept any more",
                  f->held->path);
     if (!rc)
         rc = view_mount_made(p);
     raw_munmap(p, sizeof *p);
-    struct held h = shim_lock();
-    if (rc > 0 && !f->mount) {
+    bool writes = rc > 0 && view_writable(f);
+    int bad = writes ? mirror_attach((uint32_t)rc, &f->held->terms) : 0;
+    h = shim_lock();
+    if (rc > 0 && !bad && !f->mount) {
         f->mount = (uint32_t)rc;
+        f->writes = writes;
     } else if (rc > 0) { /* another thread was first */
+        if (writes && !bad)
+            mirror_let_go((uint32_t)rc - 1);
         view_mounts[rc - 1].opens--;
         view_release_idle((uint32_t)rc - 1);
+        rc = bad;
     }
     shim_unlock(&h);
     return rc < 0 ? rc : 0;
@@ -251,12 +320,11 @@ int view_open_again(struct open_file *f, int flags)
         return -1;
     struct held h = shim_lock();
     m->opens++;
-    int fd = file_made(f->mount, flags);
-    h.error = errno;
-    if (fd < 0)
-        m->opens--;
     shim_unlock(&h);
-    return fd;
+    int fd = opened(f->mount, flags, &f->held->terms);
+    if (fd < 0)
+        errno = -fd;
+    return fd < 0 ? -1 : fd;
 }
 
 void view_closed(uint32_t entry)
@@ -264,16 +332,54 @@ void view_closed(uint32_t entry)
     if (!files_viewed(entry))
         return;
     struct open_file *f = &opens[entry - FD_VIEW];
-    if (!f->held || --f->fds)
+    if (!f->held)
         return;
     uint32_t mount = f->mount;
+    if (mount)
+        mirror_unlock(&view_mounts[mount - 1]);
+    if (--f->fds)
+        return;
     view_retire(f->held, sizeof *f->held);
     f->held = NULL;
+    if (f->locking) {
+        raw_close(f->locking);
+        view_lockings--;
+    }
     view_counted(-1);
     if (mount) {
+        if (f->writes)
+            mirror_let_go(mount - 1);
         view_mounts[mount - 1].opens--;
         view_release_idle(mount - 1);
     }
+}
+
+uint32_t view_closing(uint32_t entry)
+{
+    struct open_file *f = &opens[entry - FD_VIEW];
+    if (!f->held || f->fds != 1 || !f->writes)
+        return 0;
+    f->writes = false;
+    uint32_t number = view_mounts[f->mount - 1].region;
+    files_region(number)->fds--;
+    return number;
+}
+
+struct open_file *view_locking(int fd)
+{
+    for (uint32_t i = 0; view_lockings && i < SHIM_VIEWS; i++)
+        if (opens[i].held && opens[i].locking == fd)
+            return &opens[i];
+    return NULL;
+}
+
+int view_locking_above(int from)
+{
+    int lowest = -1;
+    for (uint32_t i = 0; view_lockings && i < SHIM_VIEWS; i++)
+        if (opens[i].held && opens[i].locking >= from && opens[i].locking && (lowest < 0 || opens[i].locking < lowest))
+            lowest = opens[i].locking;
+    return lowest;
 }
 
 void view_copied(uint32_t entry, int newfd)
@@ -300,7 +406,7 @@ static bool named_ours(int fd)
 static bool held_good(const struct held_file *h)
 {
     return h->magic == VIEW_MAGIC && h->version == SHARED_VERSION && h->order <= CONTROL_ORDER_NONE &&
-           h->size <= INT64_MAX && memchr(h->path, 0, sizeof h->path) && memchr(h->name, 0, sizeof h->name);
+           h->mode <= CONTROL_MIRROR && h->size <= INT64_MAX && memchr(h->path, 0, sizeof h->path) && memchr(h->name, 0, sizeof h->name);
 }
 
 uint32_t view_adopt(int fd, const struct statx *st)
@@ -332,9 +438,28 @@ uint32_t view_adopt(int fd, const struct statx *st)
     return FD_VIEW + n - 1;
 }
 
-uint64_t view_ino(const struct id *lineage)
+/* A mirror's is of its name: it gets its lineage only when it is first published, and is the same file before. */
+uint64_t view_ino(const struct id *lineage, uint8_t mode, const char *name)
 {
-    uint64_t ino;
-    memcpy(&ino, lineage->b, sizeof ino);
+    uint64_t ino = 0xcbf29ce484222325u;
+    if (mode == CONTROL_MIRROR)
+        for (; *name; name++)
+            ino = (ino ^ (uint8_t)*name) * 0x100000001b3u;
+    else
+        memcpy(&ino, lineage->b, sizeof ino);
     return ino | 1;
+}
+
+uint64_t view_file_size(struct open_file *f)
+{
+    const struct mount *m = f->held->mode == CONTROL_MIRROR                ? view_mount(f)
+                            : f->mount                                     ? &view_mounts[f->mount - 1]
+                                                                           : NULL;
+    return m ? view_size(m) : f->held->size;
+}
+
+int64_t view_file_mtime(struct open_file *f)
+{
+    const struct mount *m = f->mount ? &view_mounts[f->mount - 1] : NULL;
+    return m && m->wrote_ns ? m->wrote_ns : f->held->mtime_ns;
 }

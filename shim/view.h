@@ -1,10 +1,11 @@
-/* Views: remote regions that appear at a path (rules' mode pull). What the parts of it share; the rest of the library
+/* Views: remote regions that appear at a path (rules' modes pull and mirror). What the parts of it share; the rest of the library
  * needs only what shim.h says of view.c. */
 #ifndef SHIM_VIEW_H
 #define SHIM_VIEW_H
 
 #include "shim/shim.h"
 
+#include <fcntl.h>
 #include <sys/uio.h>
 
 #define VIEW_MOUNTS 1024u
@@ -20,10 +21,17 @@ struct mount {
     uint64_t dev, ino; /* of the memfd */
     const struct view *view;
     uint8_t *window; /* the memfd, mapped without access: only to ask what is there; NULL where there was no room */
+    uint64_t window_len;
     uint64_t size, epoch, fetch_timeout_ms;
     int64_t mtime_ns;
     struct id lineage;
-    uint8_t order;
+    uint8_t order, mode; /* enum control_order, enum control_mode */
+    /* of a mirror (mirror.c) */
+    uint32_t region;  /* under which its changes are published; 0 while this process has it open for reading only */
+    bool attached;    /* the agent has the lease of it */
+    bool unlinked;    /* no path leads here any more */
+    bool locked;      /* a POSIX lock was asked for: closing any descriptor of the memfd drops them all */
+    int64_t wrote_ns; /* when this process last changed it by a call; 0: never */
     char path[CONTROL_PATH], name[NAME_CAP];
 };
 
@@ -38,7 +46,9 @@ struct held_file {
     int64_t mtime_ns;
     struct id lineage;
     uint32_t version;
-    uint8_t order;
+    uint32_t flags; /* of open(2), as F_GETFL tells them */
+    uint8_t order, mode;
+    struct control_terms terms; /* of a mirror */
     char path[CONTROL_PATH], name[NAME_CAP];
 };
 
@@ -47,6 +57,8 @@ struct open_file {
     uint32_t fds;           /* descriptors of this process */
     uint32_t mount;         /* index + 1; 0 until the first use of one that was inherited */
     uint64_t dev, ino;      /* of the small memfd */
+    bool writes;            /* one of its region's `fds` */
+    int locking;            /* own descriptor: the memfd opened anew, for flock and OFD locks; 0 before the first */
 };
 
 extern struct mount view_mounts[VIEW_MOUNTS];
@@ -64,7 +76,8 @@ struct view_pending {
     struct control_resume ask; /* OPEN sends its first part */
     bool resume;
 };
-void view_terms(struct control_open *o, const char *path, const char *name, uint8_t order, uint64_t timeout);
+void view_terms(struct control_open *o, const char *path, const char *name, uint8_t order, uint8_t mode,
+                uint64_t timeout);
 int view_ask(struct view_pending *p); /* sends it and waits for its VIEW. 0, or a negative errno */
 /* What it brought becomes a mount, or is found to be one that is there. Index + 1 with opens raised, or a negative
  * errno. */
@@ -72,6 +85,7 @@ int view_mount_made(struct view_pending *p);
 void view_release_idle(uint32_t mount); /* lock held */
 /* All pages of [offset, offset + len) are in the memfd: 0, or a negative errno. */
 int view_need(struct mount *m, uint64_t offset, uint64_t len);
+bool view_present(const struct mount *m, uint64_t offset, uint64_t len); /* now */
 /* The memfd itself, after a check that it still is; -1. */
 int view_memory(const struct mount *m);
 void view_counted(int by);
@@ -92,8 +106,56 @@ struct mount *view_mount(struct open_file *f); /* what is behind it, asked for w
 int view_open_region(const struct rule *rule, const char *path, int flags);
 int view_open_again(struct open_file *f, int flags);
 /* What is known without opening it. 0 or a negative errno. */
-int view_look(const struct rule *rule, const char *path, struct control_view *v);
-uint64_t view_ino(const struct id *lineage);
+int view_look(const struct rule *rule, const char *path, struct control_view *v, char name[NAME_CAP]);
+uint64_t view_ino(const struct id *lineage, uint8_t mode, const char *name);
+static inline uint64_t view_size(const struct mount *m)
+{
+    return __atomic_load_n(&m->view->size, __ATOMIC_ACQUIRE);
+}
+uint64_t view_file_size(struct open_file *f);
+/* Own descriptors for locks. */
+extern uint32_t view_lockings;
+struct open_file *view_locking(int fd);
+int view_locking_above(int from); /* the lowest from there on, or -1 */
+int64_t view_file_mtime(struct open_file *f);
+static inline bool view_writable(const struct open_file *f)
+{
+    return f->held->mode == CONTROL_MIRROR && (f->held->flags & O_ACCMODE) != O_RDONLY;
+}
+
+/* ---- mirror.c: regions that programs write to */
+
+bool mirror_possible(const struct rule *rule, const char *path); /* says why not */
+/* The mount that this process writes to under that name, opens raised: index + 1, or 0. Lock held. */
+uint32_t mirror_known(const char *name);
+/* The mount becomes a region of this process, one of whose `fds` the caller then is; the lease is had. 0 or a negative
+ * errno. */
+int mirror_attach(uint32_t mount, const struct control_terms *terms);
+void mirror_let_go(uint32_t mount);   /* one of the fds less, without a sync point. Lock held */
+void mirror_unlock(struct mount *m);  /* a descriptor was closed: the process's locks go. Lock held */
+int mirror_resize(struct open_file *f, uint64_t size);               /* 0, or -1 with errno */
+int mirror_grow(struct mount *m, uint64_t size);                     /* at least. 0 or a negative errno */
+int mirror_sync(struct open_file *f);                                /* a sync point. 0, or -1 with errno */
+int mirror_fcntl(struct open_file *f, int command, struct flock *lock, __typeof__(&fcntl) call);
+int mirror_flock(struct open_file *f, int operation);
+void mirror_touch(struct mount *m);
+void mirror_released(uint32_t mount); /* its region is. Lock held */
+struct shared *mirror_enter(struct mount *m); /* a writing call begins */
+void mirror_leave(struct shared *s);          /* and ends */
+/* Appends of all processes take turns. */
+struct appending {
+    uint64_t mask;
+    int fd;
+};
+int mirror_append_begin(const struct mount *m, struct appending *a); /* 0 or a negative errno */
+void mirror_append_end(const struct appending *a);
+int mirror_remove(const struct rule *rule, const char *path); /* unlink(2): 0, or -1 with errno */
+
+/* ---- view_write.c */
+
+ssize_t view_write(struct open_file *f, const struct iovec *iov, int n, off_t at, int flags); /* at -1: here */
+int view_allocate(struct open_file *f, int mode, off_t at, off_t len);
+ssize_t view_send(struct open_file *f, int from, off64_t *at, size_t len); /* sendfile(2) into it */
 
 /* ---- view_path.c */
 
@@ -108,19 +170,24 @@ struct view_path *view_path_find(int dir, const char *path, bool follow); /* NUL
 void view_path_end(struct view_path *p);
 /* open(2) of a path: the descriptor, -1 with errno, or VIEW_NOT_OURS. */
 int view_open(int dir, const char *path, int flags);
-/* The path is a pulled region's: nothing about it can be changed here. errno is then EROFS. */
+/* The path is a remote region's: its name cannot be changed here. errno is then EROFS. */
 bool view_denied(int dir, const char *path);
+/* unlink(2), truncate(2): the result, or VIEW_NOT_OURS. */
+int view_unlink(int dir, const char *path);
+int view_truncate_path(const char *path, off_t size);
 
 /* ---- view_map.c */
 
 void *view_mmap(struct open_file *f, void *at, size_t len, int prot, int flags, off_t offset);
+bool view_mirror_range(uint64_t start); /* one that may be stored to lies there. Lock held */
 void view_forget(uint64_t start, uint64_t end);                                      /* lock held */
 void view_grown(uint64_t end, uint64_t new_end);                                     /* lock held */
-void view_moved(uint64_t start, uint64_t old, uint64_t to, uint64_t len, bool keep); /* lock held */
-bool view_shared(uint64_t start, uint64_t end);             /* a shared mapping is among them. Takes the lock */
+/* keep: the old one stays mapped, and is registered again when it lost that (again). Lock held */
+void view_moved(uint64_t start, uint64_t old, uint64_t to, uint64_t len, bool keep, bool again);
+bool view_shared(uint64_t start, uint64_t end);   /* a shared one that may not be stored to is among them. Takes the lock */
+bool view_mirrored(uint64_t start, uint64_t end); /* the first is a mirror's. Takes the lock */
 bool view_shows(uint64_t start, uint64_t end);              /* any is. Takes the lock */
 void view_advise(uint64_t start, uint64_t end, int advice); /* takes the lock */
-void view_maps_announce(void);                              /* lock held */
 
 void view_advise_file(const struct mount *m, uint64_t offset, uint64_t len,
                       int advice); /* len 0: to the end. Takes the lock */

@@ -9,7 +9,8 @@
 
 #include <string.h>
 
-enum { RANGE_VIEW_SHARED, RANGE_VIEW_PRIVATE };
+/* MIRROR: shared, may be stored to, and a range of the region's as well (hooks_map.c). */
+enum { RANGE_VIEW_SHARED, RANGE_VIEW_PRIVATE, RANGE_VIEW_MIRROR };
 
 struct ranges view_maps;
 bool view_buffers;
@@ -53,18 +54,24 @@ static bool add(const struct range *r)
     return true;
 }
 
+static int arm(const struct range *r)
+{
+    uint64_t len = r->end - r->start;
+    return r->state == RANGE_VIEW_MIRROR ? arm_mirror(r->start, len) : arm_missing(r->start, len);
+}
+
 /* Lock held. 0 or a negative errno. */
 static int guard(const struct range *r)
 {
     if (!arm_can_miss())
         return 0; /* it was fetched whole */
-    int rc = arm_missing(r->start, r->end - r->start);
+    int rc = arm(r);
     if (!rc)
         advise(r->start, r->end, MADV_DONTFORK);
     return rc;
 }
 
-static void *map_guarded(struct mount *m, uint32_t index, void *at, size_t len, int prot, int flags, off_t offset)
+static void *map_guarded(struct mount *m, uint8_t state, void *at, size_t len, int prot, int flags, off_t offset)
 {
     int memory = view_memory(m);
     if (memory < 0 || !maps_room(&view_maps)) {
@@ -77,8 +84,8 @@ static void *map_guarded(struct mount *m, uint32_t index, void *at, size_t len, 
     struct range r = {.start = (uint64_t)(uintptr_t)got,
                       .end = (uint64_t)(uintptr_t)got + pages(len),
                       .offset = (uint64_t)offset,
-                      .region = index,
-                      .state = (flags & MAP_TYPE) == MAP_PRIVATE ? RANGE_VIEW_PRIVATE : RANGE_VIEW_SHARED};
+                      .region = (uint32_t)(m - view_mounts),
+                      .state = state};
     int rc = guard(&r);
     if (!rc && syscall(SYS_mprotect, got, len, prot))
         rc = -errno;
@@ -103,13 +110,22 @@ void *view_mmap(struct open_file *f, void *at, size_t len, int prot, int flags, 
     struct mount *m = view_mount(f);
     if (!m)
         return MAP_FAILED;
-    errno = type != MAP_PRIVATE && (prot & PROT_WRITE)               ? EACCES
+    bool mirror = type != MAP_PRIVATE && view_writable(f) && m->region;
+    errno = type != MAP_PRIVATE && (prot & PROT_WRITE) && !mirror    ? EACCES
+            : (f->held->flags & O_ACCMODE) == O_WRONLY               ? EACCES
             : offset < 0 || (uint64_t)offset % shim_page || !len     ? EINVAL
             : (uint64_t)offset > INT64_MAX - len || pages(len) < len ? EOVERFLOW
                                                                      : 0;
     if (errno)
         return MAP_FAILED;
-    return map_guarded(m, (uint32_t)(m - view_mounts), at, len, prot, flags, offset);
+    uint8_t state = type == MAP_PRIVATE ? RANGE_VIEW_PRIVATE : mirror ? RANGE_VIEW_MIRROR : RANGE_VIEW_SHARED;
+    return map_guarded(m, state, at, len, prot, flags, offset);
+}
+
+bool view_mirror_range(uint64_t start)
+{
+    const struct range *r = ranges_find(&view_maps, start, start + 1);
+    return r && r->state == RANGE_VIEW_MIRROR;
 }
 
 void view_forget(uint64_t start, uint64_t end)
@@ -158,7 +174,7 @@ void view_grown(uint64_t end, uint64_t new_end)
     enter(&tail);
 }
 
-void view_moved(uint64_t start, uint64_t old, uint64_t to, uint64_t len, bool keep)
+void view_moved(uint64_t start, uint64_t old, uint64_t to, uint64_t len, bool keep, bool again)
 {
     uint64_t end = start + old;
     for (uint64_t at = start; at < end;) {
@@ -174,8 +190,8 @@ void view_moved(uint64_t start, uint64_t old, uint64_t to, uint64_t len, bool ke
         view_mounts[n.region].opens++;
         if (!keep)
             view_forget(lo, hi);
-        else
-            arm_missing(lo, hi - lo);
+        else if (again)
+            arm(&(struct range){.start = lo, .end = hi, .state = n.state});
         view_forget(n.start, n.end);
         if (n.end > n.start)
             enter(&n);
@@ -191,6 +207,15 @@ bool view_shared(uint64_t start, uint64_t end)
     struct held h = shim_lock();
     for (size_t i = ranges_first(&view_maps, start); i < view_maps.count && view_maps.at[i].start < end; i++)
         any |= view_maps.at[i].state == RANGE_VIEW_SHARED;
+    shim_unlock(&h);
+    return any;
+}
+
+bool view_mirrored(uint64_t start, uint64_t end)
+{
+    struct held h = shim_lock();
+    const struct range *r = ranges_find(&view_maps, start, end);
+    bool any = r && view_mounts[r->region].mode == CONTROL_MIRROR;
     shim_unlock(&h);
     return any;
 }
@@ -215,9 +240,10 @@ static void tell_advice(const struct range *r, uint64_t lo, uint64_t hi, int adv
 
 void view_advise_file(const struct mount *m, uint64_t offset, uint64_t len, int advice)
 {
-    if ((unsigned)advice > CONTROL_ADVICE_MAX || offset >= m->size)
+    uint64_t size = view_size(m);
+    if ((unsigned)advice > CONTROL_ADVICE_MAX || offset >= size)
         return;
-    len = len && len < m->size - offset ? len : m->size - offset;
+    len = len && len < size - offset ? len : size - offset;
     struct range r = {.region = (uint32_t)(m - view_mounts), .end = len, .offset = offset};
     struct held h = shim_lock();
     tell_advice(&r, 0, len, advice);
@@ -257,9 +283,10 @@ static struct mount *piece_of(uint64_t start, uint64_t end, uint64_t *at, uint64
     if (r) {
         uint64_t lo = r->start > start ? r->start : start, hi = r->end < end ? r->end : end;
         m = &view_mounts[r->region];
+        uint64_t size = view_size(m);
         *at = hi;
         *offset = r->offset + (lo - r->start);
-        *len = *offset >= m->size ? 0 : hi - lo < m->size - *offset ? hi - lo : m->size - *offset;
+        *len = *offset >= size ? 0 : hi - lo < size - *offset ? hi - lo : size - *offset;
     }
     shim_unlock(&h);
     return m;

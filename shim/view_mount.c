@@ -47,7 +47,7 @@ bool view_owns(int fd)
     for (uint32_t i = 0; i < VIEW_MOUNTS; i++)
         if (own_of(&view_mounts[i], fd))
             return true;
-    return false;
+    return view_locking(fd);
 }
 
 void view_evade(int fd)
@@ -59,11 +59,14 @@ void view_evade(int fd)
         int other = raw_fcntl(fd, F_DUPFD_CLOEXEC, fd + 1);
         *kept = other < 0 ? raw_fcntl(fd, F_DUPFD_CLOEXEC, 3) : other;
     }
+    struct open_file *f = view_locking(fd);
+    if (f)
+        f->locking = raw_fcntl(fd, F_DUPFD_CLOEXEC, fd + 1);
 }
 
 int view_own_above(int from)
 {
-    int lowest = -1;
+    int lowest = view_locking_above(from);
     for (uint32_t i = 0; i < VIEW_MOUNTS; i++) {
         const struct mount *m = &view_mounts[i];
         if (!m->used)
@@ -96,9 +99,10 @@ static size_t ask_put(void *to, size_t cap, uint32_t slot, void *of)
     return p->resume ? control_resume_put(to, cap, &p->ask) : control_open_put(to, cap, &p->ask.open);
 }
 
-void view_terms(struct control_open *o, const char *path, const char *name, uint8_t order, uint64_t timeout)
+void view_terms(struct control_open *o, const char *path, const char *name, uint8_t order, uint8_t mode,
+                uint64_t timeout)
 {
-    o->mode = CONTROL_PULL;
+    o->mode = mode;
     o->order = order;
     o->fetch_timeout_ms = timeout;
     strcpy(o->path, path);
@@ -183,7 +187,7 @@ void view_release_idle(uint32_t mount)
     m->memory = m->meta = -1;
     view_retire((void *)m->view, sizeof *m->view);
     if (m->window)
-        view_retire(m->window, m->size);
+        view_retire(m->window, m->window_len);
     view_counted(-1);
 }
 
@@ -203,6 +207,26 @@ static uint32_t mount_free(void)
     return 0;
 }
 
+static void window_make(struct mount *m, uint64_t len)
+{
+    uint8_t *at = len ? raw_mmap(NULL, len, PROT_NONE, MAP_SHARED | MAP_NORESERVE, m->memory, 0) : MAP_FAILED;
+    __atomic_store_n(&m->window, at == MAP_FAILED ? NULL : at, __ATOMIC_RELEASE);
+    __atomic_store_n(&m->window_len, at == MAP_FAILED ? 0 : len, __ATOMIC_RELEASE); /* never longer than what is there */
+}
+
+/* A mirror has grown beyond it. */
+static void window_grow(struct mount *m)
+{
+    struct held h = shim_lock();
+    uint64_t size = view_size(m);
+    if (!h.inside && size > m->window_len) {
+        if (m->window)
+            view_retire(m->window, m->window_len);
+        window_make(m, size + size / 2);
+    }
+    shim_unlock(&h);
+}
+
 static int mount_fill(struct mount *m, const struct view_pending *p, const struct stat *st)
 {
     *m = (struct mount){.number = p->number,
@@ -215,10 +239,11 @@ static int mount_fill(struct mount *m, const struct view_pending *p, const struc
                         .mtime_ns = p->view.mtime_ns,
                         .lineage = p->view.lineage,
                         .order = p->ask.open.order,
+                        .mode = p->ask.open.mode,
                         .fetch_timeout_ms = p->ask.open.fetch_timeout_ms};
     strcpy(m->path, p->ask.open.path);
     strcpy(m->name, p->ask.open.name);
-    if ((uint64_t)st->st_size != m->size)
+    if (m->mode == CONTROL_PULL && (uint64_t)st->st_size != m->size)
         return -EPROTO;
     m->view = raw_mmap(NULL, sizeof *m->view, PROT_READ, MAP_SHARED, m->meta, 0);
     if (m->view == MAP_FAILED)
@@ -227,9 +252,7 @@ static int mount_fill(struct mount *m, const struct view_pending *p, const struc
         raw_munmap((void *)m->view, sizeof *m->view);
         return -EPROTO;
     }
-    m->window = m->size ? raw_mmap(NULL, m->size, PROT_NONE, MAP_SHARED | MAP_NORESERVE, m->memory, 0) : MAP_FAILED;
-    if (m->window == MAP_FAILED)
-        m->window = NULL;
+    window_make(m, m->size);
     m->used = true;
     view_counted(1);
     return 0;
@@ -268,14 +291,13 @@ void view_announce(void)
         const struct mount *m = &view_mounts[i];
         if (!m->used || view_memory(m) < 0)
             continue;
-        r = (struct control_resume){.epoch = m->epoch, .lineage = m->lineage, .size = m->size};
-        view_terms(&r.open, m->path, m->name, m->order, m->fetch_timeout_ms);
+        r = (struct control_resume){.epoch = m->epoch, .lineage = m->lineage, .size = view_size(m)};
+        view_terms(&r.open, m->path, m->name, m->order, m->mode, m->fetch_timeout_ms);
         r.open.slot = sync_slot_unheard();
         r.open.view = m->number;
         int fds[2] = {m->memory, m->meta};
         client_send(client_buffer, control_resume_put(client_buffer, sizeof client_buffer, &r), fds, 2);
     }
-    view_maps_announce();
 }
 
 /* ---- what is there */
@@ -292,27 +314,32 @@ static size_t fetch_put(void *to, size_t cap, uint32_t slot, void *of)
     return control_fetch_put(to, cap, &m);
 }
 
-static bool present(const struct mount *m, uint64_t offset, uint64_t len)
+bool view_present(const struct mount *m, uint64_t offset, uint64_t len)
 {
     unsigned char seen[256];
     uint64_t at = offset & ~(shim_page - 1), end = offset + len;
-    while (m->window && at < end) {
+    if (end > __atomic_load_n(&m->window_len, __ATOMIC_ACQUIRE))
+        return false;
+    const uint8_t *window = __atomic_load_n(&m->window, __ATOMIC_ACQUIRE);
+    while (window && at < end) {
         uint64_t n = end - at < sizeof seen * shim_page ? end - at : sizeof seen * shim_page;
         uint64_t pages = (n + shim_page - 1) / shim_page;
-        if (syscall(SYS_mincore, m->window + at, n, seen))
+        if (syscall(SYS_mincore, window + at, n, seen))
             return false;
         for (uint64_t i = 0; i < pages; i++)
             if (!(seen[i] & 1))
                 return false;
         at += pages * shim_page;
     }
-    return m->window;
+    return window;
 }
 
 int view_need(struct mount *m, uint64_t offset, uint64_t len)
 {
     int saved = errno, rc = 0;
-    if (len && !present(m, offset, len)) {
+    if (m->mode == CONTROL_MIRROR && offset + len > m->window_len)
+        window_grow(m);
+    if (len && !view_present(m, offset, len)) {
         struct fetch f = {.number = m->number, .offset = offset, .len = len};
         rc = sync_ask(fetch_put, &f, m->fetch_timeout_ms);
     }

@@ -1,4 +1,4 @@
-/* Which paths name remote regions: by a pull rule, matched against the absolute path with symbolic links resolved, as
+/* Which paths name remote regions: by a pull or mirror rule, matched against the absolute path with symbolic links resolved, as
  * far as there is anything on the disk to resolve. A regular local file of that name is hidden by the rule; what is no
  * regular file (a directory above all) is left alone. */
 #include "shim/view.h"
@@ -95,7 +95,7 @@ static bool resolve(struct view_path *p, int dir, bool follow)
     strcat(p->link, base);
     strcpy(p->path, p->link);
     p->rule = rules_match(&shim.rules, p->path);
-    return p->rule && p->rule->mode == RULE_PULL;
+    return p->rule && (p->rule->mode == RULE_PULL || p->rule->mode == RULE_MIRROR);
 }
 
 struct view_path *view_path_find(int dir, const char *path, bool follow)
@@ -134,18 +134,20 @@ void view_path_end(struct view_path *p)
 static int there(const struct view_path *p)
 {
     struct control_view v;
-    return view_look(p->rule, p->path, &v);
+    char name[NAME_CAP];
+    return view_look(p->rule, p->path, &v, name);
 }
 
 static int open_found(const struct view_path *p, int flags)
 {
     bool writes = (flags & O_ACCMODE) != O_RDONLY || (flags & O_TRUNC);
+    bool mirror = p->rule && p->rule->mode == RULE_MIRROR;
     int e = 0;
     if (flags & O_DIRECTORY)
         e = ENOTDIR;
     else if ((flags & O_CREAT) && (flags & O_EXCL))
-        e = p->rule && there(p) ? EROFS : EEXIST;
-    else if (writes)
+        e = !p->rule || !there(p) ? EEXIST : mirror ? 0 : EROFS;
+    else if (writes && p->rule && !mirror)
         e = EROFS;
     if (e) {
         errno = e;
@@ -155,11 +157,11 @@ static int open_found(const struct view_path *p, int flags)
         struct open_file *f = view_of(p->fd);
         if (!f)
             f = view_of_unknown(p->fd);
-        errno = EACCES;
-        return f ? view_open_again(f, flags) : -1;
+        errno = writes ? EROFS : EACCES;
+        return f && (!writes || view_writable(f)) ? view_open_again(f, flags) : -1;
     }
     int fd = view_open_region(p->rule, p->path, flags);
-    if (fd < 0 && errno == ENOENT && (flags & O_CREAT))
+    if (fd < 0 && errno == ENOENT && (flags & O_CREAT) && !mirror)
         errno = EROFS;
     return fd;
 }
@@ -184,4 +186,39 @@ bool view_denied(int dir, const char *path)
     view_path_end(p);
     errno = EROFS;
     return true;
+}
+
+int view_unlink(int dir, const char *path)
+{
+    if (__builtin_expect(!view_pulls, true) || !shim_active())
+        return VIEW_NOT_OURS;
+    struct view_path *p = view_path_find(dir, path, false);
+    if (!p)
+        return VIEW_NOT_OURS;
+    bool mirror = p->rule && p->rule->mode == RULE_MIRROR;
+    int rc = mirror ? mirror_remove(p->rule, p->path) : -1;
+    if (!mirror)
+        errno = EROFS;
+    view_path_end(p);
+    return rc;
+}
+
+int view_truncate_path(const char *path, off_t size)
+{
+    if (__builtin_expect(!view_pulls, true) || !shim_active())
+        return VIEW_NOT_OURS;
+    struct view_path *p = view_path_find(AT_FDCWD, path, true);
+    if (!p)
+        return VIEW_NOT_OURS;
+    errno = size < 0 ? EINVAL : 0;
+    int fd = errno ? -1 : open_found(p, O_WRONLY | O_CLOEXEC), rc = -1;
+    view_path_end(p);
+    struct open_file *f = fd < 0 ? NULL : view_of(fd);
+    if (f)
+        rc = mirror_resize(f, (uint64_t)size);
+    int saved = errno;
+    if (fd >= 0)
+        close(fd);
+    errno = saved;
+    return rc;
 }

@@ -74,7 +74,7 @@ static void test_not_built(void **state)
         {"/a=pull,order=recorded", NULL},
         {"/a=pull,resident=512M", "resident="},
         {"/a=pull,follow", "follow"},
-        {"/a=mirror,order=linear", "mirror"},
+        {"/a=mirror,order=linear", NULL},
         {"/a,resident=512M", "resident="},
         {"/a,follow", "follow"},
         {"/a,strategy=softdirty", "strategy=softdirty"},
