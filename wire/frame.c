@@ -446,6 +446,7 @@ size_t frame_pin_put(void *to, size_t cap, const struct frame_pin *p)
         wr_u64(&w, p->epoch);
         wr_copy(&w, p->lineage.b, sizeof p->lineage.b);
         wr_u32(&w, p->head);
+        wr_u8(&w, p->live);
     }
     return put_end(&w);
 }
@@ -459,12 +460,14 @@ int frame_pin_get(const void *p, size_t len, struct frame_pin *pin)
     pin->epoch = 0;
     pin->lineage = (struct id){{0}};
     pin->head = 0;
+    pin->live = 0;
     if (pin->keep) {
         pin->epoch = rd_u64(&r);
         rd_copy(&r, pin->lineage.b, sizeof pin->lineage.b);
         pin->head = rd_u32(&r);
+        pin->live = rd_u8(&r);
     }
-    return pin->head <= FRAME_READ_MAX ? get_end(&r) : -EPROTO;
+    return pin->head <= FRAME_READ_MAX && pin->live <= 1 ? get_end(&r) : -EPROTO;
 }
 
 size_t frame_read_put(void *to, size_t cap, const struct frame_read *f)

@@ -30,7 +30,7 @@
 #define FRAME_DATA_MAX 61440u /* page bytes in one PAGES or DATA: 15 pages, so that tables fit beside them */
 #define FRAME_PAGE 4096u /* unit of hashes and deltas */
 #define FRAME_WINDOW (16u << 20)
-#define FRAME_VERSION 2u
+#define FRAME_VERSION 3u
 #define FRAME_TEXT_MAX 512u
 
 enum frame_type {
@@ -263,6 +263,7 @@ struct frame_pin {
     uint64_t epoch;    /* 0: the last */
     struct id lineage; /* of that epoch */
     uint32_t head;  /* at most FRAME_READ_MAX */
+    uint8_t live;   /* for the region's writer: see frame.md. Only with keep */
     char name[NAME_CAP];
 };
 size_t frame_pin_put(void *to, size_t cap, const struct frame_pin *p);

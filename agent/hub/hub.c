@@ -177,6 +177,7 @@ static const struct store_ops ops = {
     .txn_abort = hub_txn_abort,
     .ask_list = hub_ask_list,
     .ask_pin = hub_ask_pin,
+    .pin_live = hub_pin_live,
     .pin_read = hub_pin_read,
     .pin_hash = hub_pin_hash,
     .unpin = hub_unpin,

@@ -318,6 +318,15 @@ void hub_pin_hash(struct store_pin *store_pin, unsigned level, uint64_t first, u
                     on_read, q);
 }
 
+/* Its reads go to one replica, and which one has the last epoch is known only while it is up: a writer's pages could not
+ * be asked for any more when it goes. */
+int hub_pin_live(struct store_pin *pin, const struct id *owner)
+{
+    (void)pin;
+    (void)owner;
+    return -EOPNOTSUPP;
+}
+
 void hub_unpin(struct store_pin *store_pin)
 {
     struct hub_pin *pin = pin_of(store_pin);

@@ -68,6 +68,7 @@ struct pinned {
     struct store_pin *pin;
     unsigned refs;
     bool keep, kept; /* kept: refs is 0 */
+    bool live;
     uint64_t expires;
     struct id identity;
     struct frame_entry entry;
@@ -88,7 +89,7 @@ struct request {
     struct server *server;
     struct pin *pin;
     uint32_t stream, number; /* stream 0: closed meanwhile */
-    bool keep;               /* PIN, as the next */
+    bool keep, live;         /* PIN, as the next */
     struct id lineage;
     uint32_t head;
     uint64_t epoch;
@@ -202,6 +203,7 @@ void server_read_on(uv_idle_t *idle);
 struct request *session_request_new(struct session *s, uint32_t stream, uint32_t number, struct pin *pin);
 void session_request_free(struct request *r);
 void session_refuse(struct session *s, uint32_t stream, uint32_t number, int err, const char *text);
+void session_refuse_read(struct session *s, uint32_t stream, uint32_t number, int err); /* what is pinned cannot be read */
 struct pin **session_pin_slot(struct session *s, uint32_t id); /* 0: a free one. NULL: none */
 void session_request_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *payload);
 void session_request_drop(struct session *s, uint32_t stream); /* it was closed: nobody to answer */

@@ -75,8 +75,7 @@ static void on_piece(void *arg, int err, struct buf *data)
     if (!err && (!data || data->len != p->len))
         err = -EIO;
     if (err && !r->failed && s)
-        session_refuse(s, r->stream, r->number, err,
-                       err == -ENOBUFS ? "the pinned epoch could not be kept: too much was overwritten since" : NULL);
+        session_refuse_read(s, r->stream, r->number, err);
     r->failed |= err != 0;
     if (s && r->bulk)
         s->pieces--;
@@ -151,7 +150,7 @@ void session_read(struct session *s, uint32_t stream, struct pin *pin, const str
     struct request *r = session_request_new(s, stream, f->request, pin);
     if (!r)
         return;
-    uint64_t size = pin->of->entry.size, left = f->offset < size ? size - f->offset : 0;
+    uint64_t size = pin->of->live ? INT64_MAX : pin->of->entry.size, left = f->offset < size ? size - f->offset : 0;
     r->offset = f->offset;
     r->len = left < f->len ? (uint32_t)left : f->len;
     r->count = (r->len + FRAME_DATA_MAX - 1) / FRAME_DATA_MAX;

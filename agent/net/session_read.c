@@ -10,6 +10,15 @@ void session_refuse(struct session *s, uint32_t stream, uint32_t number, int err
     session_failed(s, stream, number, frame_code_from(err), text && *text ? text : strerror(-err));
 }
 
+void session_refuse_read(struct session *s, uint32_t stream, uint32_t number, int err)
+{
+    if (err == -ESTALE)
+        session_refuse(s, stream, number, -ENOBUFS, "another host has written the region since");
+    else
+        session_refuse(s, stream, number, err,
+                       err == -ENOBUFS ? "the pinned epoch could not be kept: too much was overwritten since" : NULL);
+}
+
 struct request *session_request_new(struct session *s, uint32_t stream, uint32_t number, struct pin *pin)
 {
     struct request *r = s->requests_n < SESSION_REQUESTS ? malloc(sizeof *r) : NULL;
@@ -114,16 +123,22 @@ static void on_pinned(void *arg, int err, struct store_pin *pin, const struct fr
 {
     struct request *r = arg;
     struct session *s = r->session;
-    if (!err && s && r->epoch && (e->epoch != r->epoch || !id_same(&e->lineage, &r->lineage))) {
+    bool own = r->live && id_same(&e->writer, &s->peer.identity);
+    if (!err && s && r->epoch && ((e->epoch != r->epoch && !own) || !id_same(&e->lineage, &r->lineage))) {
         err = -ENOBUFS;
         text = "that epoch is not kept any more";
         store_unpin(pin);
+    } else if (!err && s && r->live && (err = store_pin_live(pin, &s->peer.identity))) {
+        store_unpin(pin);
+        text = "this server is a hub: regions cannot be written through it where they are only partly fetched; name one of its replicas";
     } else if (!err && s) {
-        struct pinned *of = pinned_new(s->server, pin, e, &s->peer.identity, r->keep);
-        if (of)
+        struct pinned *of = pinned_new(s->server, pin, e, &s->peer.identity, r->keep && !r->live);
+        if (of) {
+            of->live = r->live;
             pin_answer(r, of);
-        else
+        } else {
             err = -ENOMEM;
+        }
     } else if (!err) {
         store_unpin(pin);
     }
@@ -145,10 +160,11 @@ static void request_pin(struct session *s, uint32_t stream, const struct buf *pa
     if (!r)
         return;
     r->keep = f.keep;
+    r->live = f.live;
     r->epoch = f.epoch;
     r->lineage = f.lineage;
     r->head = f.head;
-    struct pinned *of = f.epoch ? pinned_find(s->server, &s->peer.identity, f.name, f.epoch, &f.lineage) : NULL;
+    struct pinned *of = f.epoch && !f.live ? pinned_find(s->server, &s->peer.identity, f.name, f.epoch, &f.lineage) : NULL;
     if (of) {
         pinned_hold(s->server, of);
         pin_answer(r, of);
@@ -165,8 +181,7 @@ static void on_hashes(void *arg, int err, struct buf *data)
     struct request *r = arg;
     struct session *s = r->session;
     if (s && err < 0) {
-        session_refuse(s, r->stream, r->number, err,
-               err == -ENOBUFS ? "the pinned epoch could not be kept: too much was overwritten since" : NULL);
+        session_refuse_read(s, r->stream, r->number, err);
     } else if (s && r->stream) {
         uint32_t len = data ? data->len : 0;
         struct buf *b = buf_new(8 + len);

@@ -173,7 +173,9 @@ struct pin_read;
 struct store_pin {
     struct store *s; /* first: see seam.h */
     struct region *r;
-    uint64_t size, barrier;
+    uint64_t size, barrier, epoch;
+    bool live; /* as is durable, for */
+    struct id owner;
     unsigned jobs; /* that look at it; freed after the last */
     bool dropped;
     struct store_pin *next;
@@ -276,6 +278,7 @@ void volume_txn_writer(struct store_txn *t, const struct id *writer);
 int volume_txn_add(struct store_txn *t, uint8_t type, struct buf *payload, char error[STORE_ERROR]);
 void volume_txn_commit(struct store_txn *t, void (*durable)(void *arg, int err, const char *text), void *arg);
 void volume_txn_abort(struct store_txn *t);
+int volume_pin_live(struct store_pin *pin, const struct id *owner);
 void volume_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len,
                      void (*done)(void *arg, int err, struct buf *data), void *arg);
 void volume_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,
@@ -399,6 +402,7 @@ void tree_free(struct tree *t);
 /* Nodes first .. first + count of a level, cut at the pinned size by tree_read_init, which says how many in count. */
 struct tree_read {
     struct store_pin *pin;
+    uint64_t size; /* of the region, as the pin sees it */
     unsigned level;
     uint64_t first;
     uint32_t count;

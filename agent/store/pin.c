@@ -1,6 +1,9 @@
 /* Pins. A pin reads its region as it was after the `barrier`th durable epoch: reads wait until that many are applied,
  * and later ones save each page they are about to change, once, into the pin's side file (a memfd, page for page at the
- * same offset; `saved` says which). Holes are noted, not copied. */
+ * same offset; `saved` says which). Holes are noted, not copied.
+ *
+ * A live pin reads what is durable when it is asked: each read has a barrier of its own, and nothing is saved. It is of
+ * use to the region's writer only, and ends with the first epoch of another. */
 #include "agent/store/inside.h"
 
 #include "agent/base/job.h"
@@ -18,7 +21,7 @@
 struct pin_read {
     struct store_pin *pin;
     struct pin_read *next;
-    uint64_t offset;
+    uint64_t offset, barrier;
     uint32_t len;
     bool hash, whole; /* whole: nothing is left to do */
     struct tree_read tree;
@@ -108,6 +111,8 @@ static int save_pages(struct store_pin *pin, int fd, uint64_t from, uint64_t to)
 
 int pin_save(struct store_pin *pin, int fd, uint64_t from, uint64_t to)
 {
+    if (pin->live)
+        return 0;
     pin->behind = true;
     if (to > pin->size)
         to = pin->size;
@@ -180,7 +185,7 @@ static int read_locked(struct store_pin *pin, uint8_t *to, size_t len, uint64_t 
 static void read_clip(struct pin_read *q)
 {
     uint64_t left = q->offset < q->pin->size ? q->pin->size - q->offset : 0;
-    if (q->len > left && !q->hash)
+    if (q->len > left && !q->hash && !q->pin->live)
         q->len = (uint32_t)left;
 }
 
@@ -276,12 +281,12 @@ static void read_start(struct pin_read *q)
 void pins_applied(struct store *s)
 {
     for (struct pin_read **at = &s->pin_waiting, *q; (q = *at);) {
-        if (q->pin->barrier > s->applied_no && !s->failed && !q->pin->dropped) {
+        if (q->barrier > s->applied_no && !s->failed && !q->pin->dropped && !q->err) {
             at = &q->next;
             continue;
         }
         *at = q->next;
-        if (q->pin->barrier > s->applied_no)
+        if (q->barrier > s->applied_no && !q->err)
             q->err = -EIO;
         if (q->err || q->whole)
             read_end(q);
@@ -296,8 +301,14 @@ static struct pin_read *read_new(struct store_pin *pin, void (*done)(void *, int
     struct pin_read *q = calloc(1, sizeof *q);
     if (!q)
         abort(); /* there is no way to tell, and nothing was promised to the peer that a restart breaks */
-    *q = (struct pin_read){.pin = pin, .done = done, .arg = arg};
+    *q = (struct pin_read){.pin = pin, .barrier = pin->live ? pin->s->durable_no : pin->barrier, .done = done, .arg = arg};
     return q;
+}
+
+static bool stale(const struct store_pin *pin)
+{
+    const struct figures *now = &pin->r->durable;
+    return pin->live && (!pin->r->bound || (now->epoch != pin->epoch && !id_same(&now->writer, &pin->owner)));
 }
 
 static void read_add(struct pin_read *q)
@@ -306,7 +317,8 @@ static void read_add(struct pin_read *q)
     struct store *s = pin->s;
     pin->jobs++;
     s->jobs++;
-    bool there = pin->barrier <= s->applied_no && !s->failed;
+    q->err = stale(pin) ? -ESTALE : 0;
+    bool there = q->barrier <= s->applied_no && !s->failed && !q->err;
     if (there)
         read_at_once(q);
     if (there && !q->whole) {
@@ -351,11 +363,19 @@ int store_pin(struct store *s, const char *name, struct store_pin **out, struct 
                               .r = region_hold(r),
                               .size = r->durable.size,
                               .barrier = s->durable_no,
+                              .epoch = r->durable.epoch,
                               .jobs = 1,
                               .side = -1,
                               .next = r->pins};
     r->pins = pin;
     *out = pin;
+    return 0;
+}
+
+int volume_pin_live(struct store_pin *pin, const struct id *owner)
+{
+    pin->live = true;
+    pin->owner = *owner;
     return 0;
 }
 

@@ -98,6 +98,11 @@ int store_ask_pin(struct store *s, const char *name, struct store_pin **pin, str
     return ops_of(s)->ask_pin(s, name, pin, e, done, arg);
 }
 
+int store_pin_live(struct store_pin *pin, const struct id *owner)
+{
+    return ops_behind(pin)->pin_live(pin, owner);
+}
+
 void store_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len,
                     void (*done)(void *arg, int err, struct buf *data), void *arg)
 {

@@ -286,6 +286,7 @@ const struct store_ops volume_store_ops = {
     .txn_abort = volume_txn_abort,
     .ask_list = volume_ask_list,
     .ask_pin = volume_ask_pin,
+    .pin_live = volume_pin_live,
     .pin_read = volume_pin_read,
     .pin_hash = volume_pin_hash,
     .unpin = volume_unpin,

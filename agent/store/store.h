@@ -91,6 +91,10 @@ int store_ask_list(struct store *s, store_each *each, void (*done)(void *arg, in
 /* 0, or -ENOENT, -EINVAL; or -EINPROGRESS, and done(arg, err, pin, e, text) later. */
 typedef void store_pin_done(void *arg, int err, struct store_pin *pin, const struct frame_entry *e, const char *text);
 int store_ask_pin(struct store *s, const char *name, struct store_pin **pin, struct frame_entry *e, store_pin_done *done, void *arg);
+/* A pin just made is live from now on: what is asked of it sees what is durable then, and nothing is kept aside for it. That holds as long as the region is
+ * there and nobody but `owner` has committed an epoch of it since the pin was made; later answers are -ESTALE. Reads are never short: zeros lie beyond the
+ * region's end. -EOPNOTSUPP: this store cannot. */
+int store_pin_live(struct store_pin *pin, const struct id *owner);
 /* Reads up to the pinned size: short at its end. done(arg, 0 or negative errno, data or NULL); the buf is the callee's. */
 void store_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, void (*done)(void *arg, int err, struct buf *data), void *arg);
 /* Nodes first .. first + count of a level of the region's hash tree (wire/frame.md), fewer at its end; level 0 are its pages. data is 16 bytes a node. The

@@ -207,7 +207,7 @@ static int read_step(struct tree_read *q, uint8_t *scratch, uint64_t *budget)
     uint64_t end = next_run(t, q, *budget < STEP_PAGES ? *budget : STEP_PAGES);
     uint64_t offset = q->at * FRAME_PAGE, len = (end - q->at) * FRAME_PAGE;
     if (q->at < end) {
-        uint64_t have = pin->size - offset < len ? pin->size - offset : len;
+        uint64_t have = q->size - offset < len ? q->size - offset : len;
         err = pin_read(pin, scratch, (size_t)have, offset);
         memset(scratch + have, 0, (size_t)(len - have));
     }
@@ -215,6 +215,8 @@ static int read_step(struct tree_read *q, uint8_t *scratch, uint64_t *budget)
     for (uint64_t i = 0; !err && i < end - q->at; i++)
         v[i] = page_hash_of(scratch + i * FRAME_PAGE);
     pthread_mutex_lock(&t->lock);
+    if (!err && pin->live && hashes_room(&t->hashes, end)) /* it may have been cut, and its tree made anew */
+        err = -ENOBUFS;
     for (uint64_t i = 0; !err && i < end - q->at; i++)
         hashes_set(&t->hashes, q->at + i, v[i]);
     pthread_mutex_unlock(&t->lock);
@@ -247,8 +249,9 @@ void tree_read_init(struct tree_read *q, struct store_pin *pin, unsigned level, 
                     bool fresh)
 {
     unsigned shift = level * HASH_FAN_BITS;
-    uint64_t pages = pages_of(pin->size), nodes = hashes_nodes(pages, level);
-    *q = (struct tree_read){.pin = pin, .level = level, .first = first, .fresh = fresh};
+    uint64_t size = pin->live ? pin->r->durable.size : pin->size;
+    uint64_t pages = pages_of(size), nodes = hashes_nodes(pages, level);
+    *q = (struct tree_read){.pin = pin, .size = size, .level = level, .first = first, .fresh = fresh};
     if (first >= nodes)
         return;
     q->count = nodes - first < count ? (uint32_t)(nodes - first) : count;

@@ -57,7 +57,7 @@ static void tells_versions(void **state)
     UNTIL(e[0].closed && e[1].closed);
     assert_int_equal(e[0].err, -EPROTONOSUPPORT);
     assert_int_equal(e[1].err, -EPROTONOSUPPORT);
-    assert_non_null(strstr(e[1].why, "peer speaks version 7, this agent 2: upgrade the older one"));
+    assert_non_null(strstr(e[1].why, "peer speaks version 7, this agent 3: upgrade the older one"));
     assert_false(e[0].opened || e[1].opened);
     free(e);
 }

@@ -74,7 +74,7 @@ static void entry_fill(void *m)
 static void pin_fill(void *m)
 {
     struct frame_pin *p = m;
-    *p = (struct frame_pin){.request = 3, .keep = 1, .epoch = 1ULL << 40, .head = FRAME_READ_MAX, .name = "data/x.mdb"};
+    *p = (struct frame_pin){.request = 3, .keep = 1, .epoch = 1ULL << 40, .head = FRAME_READ_MAX, .live = 1, .name = "data/x.mdb"};
     id_fill(&p->lineage, 0xa0);
 }
 
@@ -160,12 +160,15 @@ static void test_short_requests(void **state)
     assert_memory_equal(&p, &q, sizeof p);
     p.keep = 0;
     size_t plain = frame_pin_put(bytes, sizeof bytes, &p);
-    assert_int_equal(plain + 8 + 16 + 4, whole);
+    assert_int_equal(plain + 8 + 16 + 4 + 1, whole);
     for (size_t n = 0; n < whole; n++)
         assert_int_equal(frame_pin_get(bytes, n, &q), n == plain ? 0 : -EPROTO);
     assert_int_equal(frame_pin_get(bytes, plain, &q), 0);
-    assert_true(!q.keep && !q.epoch && !q.head && id_none(&q.lineage));
+    assert_true(!q.keep && !q.epoch && !q.head && !q.live && id_none(&q.lineage));
     p.keep = 1;
+    p.live = 2;
+    assert_int_equal(frame_pin_get(bytes, frame_pin_put(bytes, sizeof bytes, &p), &q), -EPROTO);
+    p.live = 1;
     p.head = FRAME_READ_MAX + 1;
     assert_int_equal(frame_pin_get(bytes, frame_pin_put(bytes, sizeof bytes, &p), &q), -EPROTO);
 

@@ -781,6 +781,58 @@ static void pins_with_head(void **state)
     expect_failed(a, 9, request_no, FRAME_E_NOT_FOUND);
 }
 
+static void epoch_of(struct client *c, uint64_t epoch, uint64_t fence, unsigned what)
+{
+    begin(c, 2, epoch);
+    region(c, 2, 1, epoch, fence, 65536);
+    pages(c, 2, 1, 0, 32768, what);
+    end(c, 2, epoch, 2);
+    expect_seq(c, 2, FRAME_RECEIVED, epoch);
+    expect_seq(c, 2, FRAME_DURABLE, epoch);
+}
+
+static void ask_live(struct client *c, uint64_t epoch)
+{
+    static uint8_t bytes[NAME_CAP + 64];
+    struct frame_pin p = {.request = ++request_no, .keep = 1, .live = 1, .epoch = epoch, .name = "x"};
+    if (epoch)
+        p.lineage = lineage(1);
+    send_bytes(c, 9, FRAME_PIN, bytes, frame_pin_put(bytes, sizeof bytes, &p));
+}
+
+/* A live pin is its own writer's, whatever epoch that has come to, and ends with another's. */
+static void live_pins(void **state)
+{
+    (void)state;
+    struct client *a = client("a"), *b = client("b");
+    uint64_t fence = created(a, 1, "x", 1, 7);
+    ask_live(b, 1);
+    uint32_t theirs = pinned_at(b, 1);
+    ask_live(a, 0);
+    uint32_t own = pinned_at(a, 1);
+    expect_read(b, theirs, 0, 4096, 7);
+    epoch_of(a, 2, fence, 8);
+    expect_read(a, own, 0, 32768, 8);
+    expect_read(a, own, 1 << 20, 100, -1);
+    ask_read(b, theirs, 0, 4096);
+    expect_failed(b, 9, request_no, FRAME_E_LIMIT);
+    ask_live(a, 1);
+    pinned_at(a, 2);
+    ask_live(b, 1);
+    expect_failed(b, 9, request_no, FRAME_E_LIMIT);
+    ask_live(b, 2);
+    pinned_at(b, 2);
+}
+
+static void no_live_pins_of_a_hub(void **state)
+{
+    (void)state;
+    struct client *a = client("a");
+    created(a, 1, "x", 1, 7);
+    ask_live(a, 0);
+    expect_failed(a, 9, request_no, FRAME_E_IO);
+}
+
 /* What was pinned over a connection that is lost is had again by its epoch, by nobody else, and also while the old one is not known to be lost. */
 static void pins_outlive_their_connection(void **state)
 {
@@ -1213,6 +1265,7 @@ int main(void)
         ALL(pins_keep_their_epoch),
         ALL(long_reads),
         ALL(pins_with_head),
+        ON(live_pins, "mem:"), ON(live_pins, "file:"), ON(no_live_pins_of_a_hub, "hub:"),
         ALL(pins_outlive_their_connection),
         ALL(pins_are_bounded),
         ON(handles_are_bounded, "mem:"),

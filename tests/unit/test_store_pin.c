@@ -476,6 +476,29 @@ static void trees_beyond_the_budget(void **state)
     store_unpin(pin);
 }
 
+/* Reads see what is durable, zeros behind the end, and nothing is kept aside; until another than the owner writes. */
+static void a_live_pin_follows_its_owner(void **state)
+{
+    struct kit *k = *state;
+    int err;
+    assert_int_equal(kit_write(k, 0, 1, 100000, 'a'), 0);
+    struct store_pin *pin = pin_it(k, 1, 100000), *other = pin_it(k, 1, 100000);
+    assert_int_equal(store_pin_live(pin, &k->me), 0);
+    assert_int_equal(store_pin_live(other, &(struct id){{0x77}}), 0);
+    expect_pinned(k, pin, 0, 100000, 'a');
+    expect_pinned(k, other, 4096, 8192, 'a');
+    assert_int_equal(kit_write(k, 0, 2, 50000, 'b'), 0);
+    expect_pinned(k, pin, 0, 50000, 'b');
+    expect_pinned(k, pin, 50000, 200000, 0);
+    assert_false(pin->behind || pin->saved);
+    struct buf *b = kit_pin_read(k, other, 0, 4096, &err);
+    assert_true(!b && err == -ESTALE);
+    assert_int_equal(kit_write(k, 0, 3, 300000, 'c'), 0);
+    expect_pinned(k, pin, 0, 300000, 'c');
+    store_unpin(other);
+    store_unpin(pin);
+}
+
 static void no_region_no_pin(void **state)
 {
     struct kit *k = *state;
@@ -503,6 +526,7 @@ int main(void)
         BOTH(trees_end_within_a_page),
         BOTH(trees_of_holes),
         BOTH(trees_beyond_the_budget),
+        BOTH(a_live_pin_follows_its_owner),
         BOTH(no_region_no_pin),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
