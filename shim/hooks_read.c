@@ -306,6 +306,32 @@ SHIM_EXPORT int flock(int fd, int operation)
                                              : 0;
 }
 
+/* libc's own would not pass our fcntl. */
+static int lock_file(int fd, int command, off_t len, __typeof__(&lockf) call)
+{
+    struct open_file *f = view_maybe(fd) ? view_of(fd) : view_of_unknown(fd);
+    if (!f)
+        return call(fd, command, len);
+    struct flock l = {.l_type = command == F_ULOCK ? F_UNLCK : F_WRLCK, .l_whence = SEEK_CUR, .l_len = len};
+    if (command != F_TEST)
+        return fcntl(fd, command == F_LOCK ? F_SETLKW : F_SETLK, &l);
+    int rc = fcntl(fd, F_GETLK, &l);
+    if (rc || l.l_type == F_UNLCK || l.l_pid == raw_getpid())
+        return rc;
+    errno = EACCES;
+    return -1;
+}
+
+SHIM_EXPORT int lockf(int fd, int command, off_t len)
+{
+    return lock_file(fd, command, len, REAL(lockf));
+}
+
+SHIM_EXPORT int lockf64(int fd, int command, off64_t len)
+{
+    return lock_file(fd, command, len, REAL(lockf64));
+}
+
 /* ---- from a view to another descriptor, within the kernel */
 
 ssize_t view_transfer(int from, off64_t *from_at, size_t len, view_move *move, void *of)

@@ -1,0 +1,217 @@
+#!/usr/bin/env bash
+# Mirrored regions and what fails: the agent killed again and again, the link cut, the remote killed, the program killed with stores nobody has seen, all
+# of it, and a second writer. What is synced is there; what is there is a whole epoch.
+# cases
+# timeout: 300
+. "$(dirname "$0")/../lib.sh"
+
+cases=(agent_killed link_cut remote_killed program_killed all_killed all_lost loss_fail second_writer taken writer_after_writer)
+[ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
+
+far=$W/far
+name=${far#/}
+ROUNDS=${TEST_ROUNDS:+50}
+ROUNDS=${ROUNDS:-5}
+size=$((24 << 20))
+program=$BUILD/tests/programs/mirrored
+mirror() { shim MEMSYNC_REGIONS="$far=mirror${EXTRA:+,$EXTRA}" "$@"; }
+setup() {
+    start_remote
+    head -c "$size" /dev/urandom >"$T/first"
+    memsync import --force "$T/first" "$name" >"$T/import.out" 2>&1 || fail "import: $(cat "$T/import.out")"
+}
+# The same rounds on a local file are the model.
+PROGRAM='' IN='' OUT=''
+rounds_start() { # VARIABLE=VALUE...
+    pipes rounds
+    exec {IN}<>"$T/rounds.in" {OUT}<>"$T/rounds.out"
+    LIMIT=280 mirror "$@" -- "$program" rounds "$far" <"$T/rounds.in" >"$T/rounds.out" 2>"$T/rounds.err" &
+    PROGRAM=$!
+    heard ready
+}
+heard() {
+    local line
+    read -r -t 60 -u "$OUT" line || fail "no answer within 60 s: $(cat "$T/rounds.err")"
+    [ "$line" = "$*" ] || fail "'$line', not '$*': $(cat "$T/rounds.err")"
+}
+round() {
+    say >&"$IN"
+    heard "$1 0"
+}
+model() { # ROUNDS: $T/model is what the file is after so many
+    local i
+    cp "$T/first" "$T/model"
+    for ((i = 0; i < $1; i++)); do say; done | "$program" rounds "$T/model" >"$T/model.out"
+}
+export_to() { memsync export "$name" "$1" >"$T/export.out" 2>&1; }
+is_model() { export_to "$T/exported" && cmp -s "$T/model" "$T/exported"; }
+ended() { # ROUNDS
+    local code=0
+    exec {IN}>&-
+    kill "$PROGRAM" 2>/dev/null || true # it reads from a pipe that we hold open
+    wait "$PROGRAM" || code=$?
+    model "$1"
+    poll 30 is_model || fail "the region is not what $1 rounds make of it: $(cmp "$T/model" "$T/exported" 2>&1 || true) $(cat "$T/export.out")"
+}
+kill_local() {
+    local pid
+    for pid in $(local_agents); do kill -KILL "$pid"; done
+}
+# The program's own process, below shim's timeout.
+program_pid() { pgrep -n -f "^$program [a-z]* $far" || fail "where is the program?"; }
+
+case $1 in
+agent_killed)
+    setup
+    rounds_start
+    for ((i = 1; i <= ROUNDS * 2; i++)); do
+        round "$i"
+        [ $((i % 2)) = 0 ] || kill_local
+    done
+    ended "$((ROUNDS * 2))"
+    ;;
+link_cut)
+    setup
+    start_relay
+    rounds_start MEMSYNC_TIMEOUT=60s
+    for ((i = 1; i <= ROUNDS; i++)); do
+        relay down
+        say >&"$IN"
+        relay up
+        heard "$i 0"
+    done
+    ended "$ROUNDS"
+    ;;
+remote_killed)
+    setup
+    LISTEN=$REMOTE
+    rounds_start MEMSYNC_TIMEOUT=60s
+    for ((i = 1; i <= ROUNDS; i++)); do
+        say >&"$IN"
+        kill_remote
+        start_remote
+        heard "$i 0"
+    done
+    ended "$ROUNDS"
+    ;;
+program_killed) # what it has stored is the agent's to publish
+    setup
+    for ((i = 1; i <= 2; i++)); do
+        EXTRA=interval=off
+        mirror -- "$program" stores "$far" >"$T/stores" 2>"$T/stores.err" &
+        PROGRAM=$!
+        poll 30 grep -q stored "$T/stores" || fail "it has not stored: $(cat "$T/stores.err")"
+        kill -KILL "$(program_pid)"
+        wait "$PROGRAM" 2>/dev/null || true
+        cp "$T/first" "$T/model"
+        "$program" stores "$T/model" >"$T/stores" &
+        poll 30 grep -q stored "$T/stores" || fail "no model"
+        kill -KILL $!
+        poll 30 is_model || fail "what a killed program has stored is not at the remote: $(cmp "$T/model" "$T/exported" 2>&1 || true)"
+        cp "$T/model" "$T/first"
+        : >"$T/stores"
+    done
+    mirror -- cmp "$far" "$T/model" || fail "read again it is something else"
+    ;;
+all_killed) # program and agent: what was not synced is gone, the rest is an epoch
+    setup
+    rounds_start
+    for ((i = 1; i <= 3; i++)); do round "$i"; done
+    say >&"$IN"
+    kill -KILL "$(program_pid)" $(local_agents)
+    wait "$PROGRAM" 2>/dev/null || true
+    model 3
+    if ! is_model; then
+        model 4
+        is_model || fail "the region is neither 3 rounds nor 4"
+    fi
+    cp "$T/model" "$T/first"
+    rounds_start
+    for ((i = 1; i <= 3; i++)); do round "$i"; done
+    ended 3
+    ;;
+all_lost) # the link is away for longer than the time-out, then the agent as well
+    setup
+    start_relay
+    rounds_start MEMSYNC_TIMEOUT=500ms
+    round 1
+    relay down
+    round 2
+    round 3
+    kill_local
+    relay up
+    round 4
+    ended 4
+    ;;
+loss_fail)
+    setup
+    start_relay
+    rounds_start MEMSYNC_TIMEOUT=500ms MEMSYNC_ON_LOSS=fail
+    round 1
+    relay down
+    say >&"$IN"
+    heard "2 -1 EIO"
+    relay up
+    n=3
+    until say >&"$IN" && read -r -t 30 -u "$OUT" line && [ "$line" = "$n 0" ]; do
+        n=$((n + 1))
+        [ "$n" -lt 100 ] || fail "sync points fail after the link came back: $line"
+        sleep 0.1
+    done
+    ended "$n"
+    ;;
+second_writer)
+    setup
+    rounds_start
+    round 1
+    other() { SOCKET=$T/agent2.sock mirror XDG_STATE_HOME="$T/state2" "$@"; }
+    code=0
+    other -- bash -c 'exec 5<>"$1"' - "$far" 2>"$T/refused" || code=$?
+    [ "$code" != 0 ] || fail "a second host opens it for writing"
+    grep -q 'busy' "$T/refused" || fail "it is refused with: $(cat "$T/refused")"
+    grep -q "$(hostname)" "$T/refused" || fail "who holds it is not said: $(cat "$T/refused")"
+    model 1
+    other -- cat "$far" >"$T/got"
+    same "$T/model" "$T/got"
+    round 2
+    ended 2
+    # Now that the first is gone, and its lease.
+    stop_local
+    opens() { other -- dd if=/dev/zero of="$far" bs=10 count=1 conv=notrunc status=none 2>"$T/refused"; }
+    poll 30 opens || fail "the lease is not given back: $(cat "$T/refused")"
+    dd if=/dev/zero of="$T/model" bs=10 count=1 conv=notrunc status=none
+    poll 30 is_model || fail "the second writer's bytes are not there"
+    ;;
+taken) # fenced: somebody took it by force while the link was away
+    setup
+    start_relay
+    rounds_start MEMSYNC_TIMEOUT=500ms
+    round 1
+    relay down
+    round 2
+    head -c 1000 /dev/urandom >"$T/other"
+    took() { memsync import --force --remote "$DIRECT" "$T/other" "$name" >"$T/import.out" 2>&1; }
+    poll 40 took || fail "the lease of the lost writer did not end: $(cat "$T/import.out")"
+    relay up
+    n=3
+    until say >&"$IN" && read -r -t 30 -u "$OUT" line && [ "$line" = "$n -1 EIO" ]; do
+        n=$((n + 1))
+        [ "$n" -lt 200 ] || fail "msync says $line although another has the region"
+        sleep 0.1
+    done
+    memsync export --remote "$DIRECT" "$name" "$T/exported" >"$T/export.out" 2>&1 || fail "export: $(cat "$T/export.out")"
+    same "$T/other" "$T/exported"
+    ;;
+writer_after_writer) # one after the other, by different agents: each sees what the last has left
+    setup
+    cp "$T/first" "$T/model"
+    for ((i = 0; i < 4; i++)); do
+        SOCKET=$T/agent$((i % 2)).sock mirror XDG_STATE_HOME="$T/state$((i % 2))" -- "$program" calls "$far" >"$T/got" 2>"$T/got.err"
+        "$program" calls "$T/model" >"$T/expected"
+        cmp "$T/expected" "$T/got" >&2 || fail "round $i says otherwise: $(cat "$T/got.err")"
+        SOCKET=$T/agent$((i % 2)).sock memsync stop >"$T/stop.out" 2>&1 || fail "stop: $(cat "$T/stop.out")"
+        poll 30 is_model || fail "round $i has left something else"
+    done
+    ;;
+esac
+say "what was synced is there"
