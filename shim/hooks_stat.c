@@ -4,6 +4,7 @@
 #include "shim/view.h"
 
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/sysmacros.h>
 
 #define BLOCK 4096u
@@ -282,4 +283,54 @@ SHIM_EXPORT int euidaccess(const char *path, int how)
 {
     int rc = may(AT_FDCWD, path, how, true);
     return rc <= 0 ? rc : REAL(euidaccess)(path, how);
+}
+
+/* ---- times: a mirror's are this process's own, what it says counts until it writes */
+
+static void stamp_mount(struct mount *m, const struct timespec t[2])
+{
+    if (!t || t[1].tv_nsec == UTIME_NOW)
+        mirror_touch(m);
+    else if (t[1].tv_nsec != UTIME_OMIT)
+        m->wrote_ns = (int64_t)t[1].tv_sec * 1000000000 + t[1].tv_nsec;
+}
+
+/* 1 when it is not ours. */
+static int stamped_fd(int fd, const struct timespec t[2])
+{
+    struct open_file *f = view_maybe(fd) ? view_of(fd) : view_of_unknown(fd);
+    if (!f)
+        return 1;
+    struct mount *m = f->held->mode == CONTROL_MIRROR ? view_mount(f) : NULL;
+    if (m)
+        stamp_mount(m, t);
+    return m ? 0 : result(f->held->mode == CONTROL_MIRROR ? -errno : -EROFS);
+}
+
+static int stamped_path(int dir, const char *path, const struct timespec t[2], int flags)
+{
+    struct stat st;
+    int rc;
+    if (!pulls() || !asked_path(dir, path, !(flags & AT_SYMLINK_NOFOLLOW), &st, &rc))
+        return 1;
+    if (rc || !(st.st_mode & S_IWUSR))
+        return result(rc ? rc : -EROFS);
+    int fd = openat(dir, path, O_RDONLY | O_CLOEXEC); /* of the mount that others have, too */
+    if (fd < 0)
+        return -1;
+    rc = stamped_fd(fd, t);
+    close(fd);
+    return rc;
+}
+
+SHIM_EXPORT int futimens(int fd, const struct timespec t[2])
+{
+    int rc = stamped_fd(fd, t);
+    return rc <= 0 ? rc : REAL(futimens)(fd, t);
+}
+
+SHIM_EXPORT int utimensat(int dir, const char *path, const struct timespec t[2], int flags)
+{
+    int rc = raw_readable(path, 1) ? stamped_path(dir, path, t, flags) : stamped_fd(dir, t);
+    return rc <= 0 ? rc : REAL(utimensat)(dir, path, t, flags);
 }

@@ -27,7 +27,7 @@ ssize_t __pread64_chk(int fd, void *to, size_t len, off64_t at, size_t room);
             X(__pread64_chk) X(faccessat) X(eaccess) X(euidaccess) X(fileno) X(fileno_unlocked) X(send) X(sendto) X(sendmsg) X(write) X(pwrite)         \
             X(pwrite64) X(writev) X(pwritev) X(pwritev64) X(pwritev2) X(pwritev64v2) X(sendfile) X(sendfile64)         \
                 X(splice) X(copy_file_range) X(fallocate) X(fallocate64) X(posix_fallocate) X(posix_fallocate64)       \
-                    X(lockf) X(lockf64) X(remove) X(quick_exit) X(execvp) X(execvpe) X(fexecve) X(dlopen) X(dlmopen)
+                    X(futimens) X(utimensat) X(lockf) X(lockf64) X(remove) X(quick_exit) X(execvp) X(execvpe) X(fexecve) X(dlopen) X(dlmopen)
 
 struct real {
 #define REAL_MEMBER(name) __typeof__(&name) name;

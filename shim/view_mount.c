@@ -191,10 +191,12 @@ void view_release_idle(uint32_t mount)
     view_counted(-1);
 }
 
-static uint32_t mount_same(uint64_t dev, uint64_t ino)
+/* One that writes and one that only reads are two, even of the same pages. */
+static uint32_t mount_same(uint64_t dev, uint64_t ino, uint8_t mode)
 {
     for (uint32_t i = 0; i < VIEW_MOUNTS; i++)
-        if (view_mounts[i].used && view_mounts[i].dev == dev && view_mounts[i].ino == ino)
+        if (view_mounts[i].used && view_mounts[i].dev == dev && view_mounts[i].ino == ino &&
+            view_mounts[i].mode == mode)
             return i + 1;
     return 0;
 }
@@ -265,7 +267,7 @@ int view_mount_made(struct view_pending *p)
     struct stat st;
     struct held h = shim_lock();
     int rc = raw_fstat(p->fds[0], &st) ? -EIO : 0;
-    uint32_t n = rc ? 0 : mount_same(st.st_dev, st.st_ino);
+    uint32_t n = rc ? 0 : mount_same(st.st_dev, st.st_ino, p->ask.open.mode);
     bool again = n;
     if (!rc && !n) {
         n = mount_free();

@@ -126,21 +126,23 @@ static ssize_t put_here(struct open_file *f, struct mount *m, const struct iovec
     return done;
 }
 
-/* iov cut to len bytes: the vector's entries that are left, the last of them shortened in `last`. */
-static ssize_t write_some(struct open_file *f, struct mount *m, const struct iovec *iov, int n, uint64_t len, off_t at,
-                          bool appends)
+/* What fits into one call of iov: its first entries, *len bytes; `last` when the first one alone does not. */
+static const struct iovec *fitting(const struct iovec *iov, int *n, uint64_t *len, struct iovec *last)
 {
-    struct iovec cut[IOV_MAX];
-    uint64_t sum = 0;
-    int used = 0;
-    for (; used < n && sum < len; used++) {
-        cut[used] = iov[used];
-        cut[used].iov_len = iov[used].iov_len < len - sum ? iov[used].iov_len : len - sum;
-        sum += cut[used].iov_len;
-    }
-    return appends      ? append(f, m, cut, used, len)
-           : at == HERE ? put_here(f, m, cut, used, len)
-                        : put(m, cut, used, (uint64_t)at, len);
+    if (*len <= WRITE_MAX)
+        return iov;
+    *len = 0;
+    for (int i = 0; i < *n; *len += iov[i++].iov_len)
+        if (iov[i].iov_len > WRITE_MAX - *len) {
+            *n = i;
+            break;
+        }
+    if (*len)
+        return iov;
+    *last = (struct iovec){iov[*n].iov_base, WRITE_MAX};
+    *n = 1;
+    *len = WRITE_MAX;
+    return last;
 }
 
 static struct mount *writable(struct open_file *f)
@@ -164,10 +166,14 @@ ssize_t view_write(struct open_file *f, const struct iovec *iov, int n, off_t at
     errno = at < HERE ? EINVAL : flags & ~(RWF_HIPRI | RWF_DSYNC | RWF_SYNC | RWF_APPEND) ? EOPNOTSUPP : saved;
     if (errno != saved)
         return -1;
-    len = len < WRITE_MAX ? len : WRITE_MAX;
+    struct iovec last;
+    iov = fitting(iov, &n, &len, &last);
     uint32_t how = __atomic_load_n(&f->held->flags, __ATOMIC_RELAXED);
     bool appends = (how & O_APPEND) || (flags & RWF_APPEND);
-    ssize_t done = len ? write_some(f, m, iov, n, len, at, appends) : 0;
+    ssize_t done = !len         ? 0
+                   : appends    ? append(f, m, iov, n, len)
+                   : at == HERE ? put_here(f, m, iov, n, len)
+                                : put(m, iov, n, (uint64_t)at, len);
     saved = errno;
     if (done > 0 && ((how & (O_SYNC | O_DSYNC)) || (flags & (RWF_SYNC | RWF_DSYNC))))
         sync_now(m->region);
