@@ -5,7 +5,7 @@
 . "$(dirname "$0")/../lib.sh"
 python=/usr/bin/python3
 
-cases=(strategy rule rule_mode mode_not_built ack_unknown timeout_unknown unreachable unreachable_fail unreachable_block remote_unparsable
+cases=(strategy rule rule_mode ack_unknown timeout_unknown unreachable unreachable_fail unreachable_block remote_unparsable
     remote_not_built other_writer foreign_lineage foreign_initial_push name_dots name_clash unreadable store_locked no_rules other_program
     agent_missing)
 for strategy in softdirty fuse nbd ublk cuse kmod; do
@@ -76,12 +76,6 @@ rule_mode)
     start_remote
     program "$W/a" 1 MEMSYNC_REGIONS="$W/**=sideways"
     one_line sideways push
-    said synced
-    ;;
-mode_not_built)
-    start_remote
-    program "$W/a" 1 MEMSYNC_REGIONS="$W/**=mirror"
-    one_line mirror "not built"
     said synced
     ;;
 ack_unknown)
