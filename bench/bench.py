@@ -10,10 +10,11 @@ import sys
 
 import beside
 import delta
+import mount
 import sync
 from kit import BUILD, GIB, MIB, ROOT, marks, rows
 
-ITEMS = {**sync.ITEMS, **delta.ITEMS, **beside.ITEMS}
+ITEMS = {**sync.ITEMS, **delta.ITEMS, **beside.ITEMS, **mount.ITEMS}
 
 
 def main():
