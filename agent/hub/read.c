@@ -292,14 +292,15 @@ static struct query *pin_query(struct hub_pin *pin, size_t bytes, void (*done)(v
     return NULL;
 }
 
-void hub_pin_read(struct store_pin *store_pin, uint64_t offset, uint32_t len,
+void hub_pin_read(struct store_pin *store_pin, uint64_t offset, uint32_t len, uint32_t room,
                   void (*done)(void *arg, int err, struct buf *data), void *arg)
 {
     struct hub_pin *pin = pin_of(store_pin);
-    struct query *q = pin_query(pin, len, done, arg);
+    struct query *q = pin_query(pin, (size_t)room + len, done, arg);
     uint8_t payload[20];
     if (!q)
         return;
+    q->data->len = room;
     put_u32(payload + 4, pin->pin);
     put_u64(payload + 8, offset);
     put_u32(payload + 16, len);

@@ -18,10 +18,10 @@ struct piece {
     struct buf *data;
 };
 
-/* data NULL: zeros. */
-static void data_send(struct request *r, const struct buf *data, uint32_t len)
+/* With a buf: len bytes of it, behind room for the head. NULL: zeros. */
+static void data_send(struct request *r, struct buf *data, uint32_t len)
 {
-    struct buf *b = buf_new(FRAME_DATA_HEAD + (data ? len : 0));
+    struct buf *b = data ? buf_hold(data) : buf_new(FRAME_DATA_HEAD);
     if (!b) {
         session_end(r->session, -ENOMEM, "no memory for an answer");
         return;
@@ -29,15 +29,13 @@ static void data_send(struct request *r, const struct buf *data, uint32_t len)
     r->sent += len;
     uint8_t kind = (uint8_t)((!data && len ? FRAME_DATA_ZEROS : 0) | (r->sent < r->len ? FRAME_DATA_MORE : 0));
     frame_data_head(b->data, r->number, kind, len);
-    if (data)
-        memcpy(b->data + FRAME_DATA_HEAD, data->data, len);
     b->len = FRAME_DATA_HEAD + (data ? len : 0);
     conn_send(r->session->conn, r->stream, FRAME_DATA, b);
 }
 
 static void piece_send(struct request *r, const struct piece *p)
 {
-    bool zeros = bytes_zero(p->data->data, p->len);
+    bool zeros = bytes_zero(p->data->data + FRAME_DATA_HEAD, p->len);
     if (zeros)
         r->zeros += p->len;
     if (r->zeros && (!zeros || r->sent + r->zeros == r->len)) {
@@ -72,7 +70,7 @@ static void on_piece(void *arg, int err, struct buf *data)
     p->data = data;
     p->done = true;
     r->running--;
-    if (!err && (!data || data->len != p->len))
+    if (!err && (!data || data->len != FRAME_DATA_HEAD + p->len))
         err = -EIO;
     if (err && !r->failed && s)
         session_refuse_read(s, r->stream, r->number, err);
@@ -92,7 +90,7 @@ static void piece_start(struct request *r)
     uint32_t at = r->started++ * FRAME_DATA_MAX, left = r->len - at;
     *p = (struct piece){.request = r, .len = left < FRAME_DATA_MAX ? left : FRAME_DATA_MAX};
     r->running++;
-    store_pin_read(r->pin->of->pin, r->offset + at, p->len, on_piece, p);
+    store_pin_read(r->pin->of->pin, r->offset + at, p->len, FRAME_DATA_HEAD, on_piece, p);
 }
 
 static bool can_go(const struct session *s, const struct request *r)

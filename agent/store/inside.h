@@ -50,7 +50,8 @@ struct region {
     struct store_pin *pins;
     pthread_rwlock_t lock; /* of what follows, and of the content */
     int fd;
-    bool gone; /* its file was removed */
+    bool in_memory; /* its file is on tmpfs, which knows no RWF_NOWAIT and has no disk to wait for */
+    bool gone;      /* its file was removed */
     struct tree *tree; /* its hashes; NULL: nobody has asked since it was made, or since they were in doubt */
 };
 
@@ -279,7 +280,7 @@ int volume_txn_add(struct store_txn *t, uint8_t type, struct buf *payload, char 
 void volume_txn_commit(struct store_txn *t, void (*durable)(void *arg, int err, const char *text), void *arg);
 void volume_txn_abort(struct store_txn *t);
 int volume_pin_live(struct store_pin *pin, const struct id *owner);
-void volume_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len,
+void volume_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, uint32_t room,
                      void (*done)(void *arg, int err, struct buf *data), void *arg);
 void volume_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,
                      void (*done)(void *arg, int err, struct buf *data), void *arg);

@@ -22,7 +22,7 @@ struct pin_read {
     struct store_pin *pin;
     struct pin_read *next;
     uint64_t offset, barrier;
-    uint32_t len;
+    uint32_t len, room;
     bool hash, whole; /* whole: nothing is left to do */
     struct tree_read tree;
     int err;
@@ -197,12 +197,12 @@ static void read_at_once(struct pin_read *q)
     read_clip(q);
     if (q->hash || q->len > AT_ONCE || pthread_rwlock_tryrdlock(&r->lock))
         return;
-    int flags = pin->s->volume->ops->lasting ? RWF_NOWAIT : 0;
-    q->data = r->fd >= 0 && !pin->lost ? buf_new(q->len) : NULL;
-    q->whole = q->data && !pinned(pin, q->data->data, q->len, q->offset, flags);
+    int flags = pin->s->volume->ops->lasting && !r->in_memory ? RWF_NOWAIT : 0;
+    q->data = r->fd >= 0 && !pin->lost ? buf_new((size_t)q->room + q->len) : NULL;
+    q->whole = q->data && !pinned(pin, q->data->data + q->room, q->len, q->offset, flags);
     pthread_rwlock_unlock(&r->lock);
     if (q->whole)
-        q->data->len = q->len;
+        q->data->len = q->room + q->len;
 }
 
 static void read_work(void *arg)
@@ -213,7 +213,7 @@ static void read_work(void *arg)
     if (q->hash && __atomic_load_n(&pin->dropped, __ATOMIC_RELAXED))
         q->err = -ECANCELED;
     if (!q->data)
-        q->data = buf_new(q->hash ? (size_t)q->tree.count * HASH_BYTES : q->len);
+        q->data = buf_new(q->hash ? (size_t)q->tree.count * HASH_BYTES : (size_t)q->room + q->len);
     if (!q->data)
         q->err = -ENOMEM;
     if (q->err)
@@ -224,8 +224,8 @@ static void read_work(void *arg)
         return;
     }
     q->whole = true;
-    q->err = read_locked(pin, q->data->data, q->len, q->offset);
-    q->data->len = q->len;
+    q->err = read_locked(pin, q->data->data + q->room, q->len, q->offset);
+    q->data->len = q->room + q->len;
 }
 
 void pin_release(struct store_pin *pin)
@@ -332,12 +332,13 @@ static void read_add(struct pin_read *q)
     store_wake(s);
 }
 
-void volume_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len,
+void volume_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, uint32_t room,
                      void (*done)(void *arg, int err, struct buf *data), void *arg)
 {
     struct pin_read *q = read_new(pin, done, arg);
     q->offset = offset;
     q->len = len;
+    q->room = room;
     read_add(q);
 }
 

@@ -103,11 +103,11 @@ int store_pin_live(struct store_pin *pin, const struct id *owner)
     return ops_behind(pin)->pin_live(pin, owner);
 }
 
-void store_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len,
+void store_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, uint32_t room,
                     void (*done)(void *arg, int err, struct buf *data), void *arg)
 {
     assert(done);
-    ops_behind(pin)->pin_read(pin, offset, len, done, arg);
+    ops_behind(pin)->pin_read(pin, offset, len, room, done, arg);
 }
 
 void store_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,

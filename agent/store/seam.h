@@ -30,7 +30,7 @@ struct store_ops {
     int (*ask_pin)(struct store *s, const char *name, struct store_pin **pin, struct frame_entry *e,
                    store_pin_done *done, void *arg);
     int (*pin_live)(struct store_pin *pin, const struct id *owner);
-    void (*pin_read)(struct store_pin *pin, uint64_t offset, uint32_t len,
+    void (*pin_read)(struct store_pin *pin, uint64_t offset, uint32_t len, uint32_t room,
                      void (*done)(void *arg, int err, struct buf *data), void *arg);
     void (*pin_hash)(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,
                      void (*done)(void *arg, int err, struct buf *data), void *arg);

@@ -5,8 +5,10 @@
 #include "agent/base/job.h"
 
 #include <errno.h>
+#include <linux/magic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -171,8 +173,11 @@ int region_open(struct store *s, struct region *r, bool create)
     if (r->gone)
         return -ENOENT;
     int fd = s->volume->ops->file_open(s->volume, r->file, create);
-    if (fd >= 0)
+    struct statfs fs;
+    if (fd >= 0) {
         r->fd = fd;
+        r->in_memory = !fstatfs(fd, &fs) && fs.f_type == TMPFS_MAGIC;
+    }
     return fd;
 }
 

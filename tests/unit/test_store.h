@@ -230,7 +230,7 @@ static inline void kit_read_done(void *arg, int err, struct buf *data)
 static inline struct buf *kit_pin_read(struct kit *k, struct store_pin *pin, uint64_t offset, uint32_t len, int *err)
 {
     struct told told = {0};
-    store_pin_read(pin, offset, len, kit_read_done, &told);
+    store_pin_read(pin, offset, len, 0, kit_read_done, &told);
     *err = kit_wait(k, &told);
     return told.data;
 }
