@@ -21,6 +21,7 @@ static int opened(int fd, int flags)
         files_opened(fd, FILES_FRESH | (flags & O_TRUNC ? FILES_TRUNCATED : 0));
     else if (files_entry(fd) != FD_UNKNOWN)
         files_renewed(fd);
+    streams_standard(fd);
     errno = saved;
     return fd;
 }
@@ -196,6 +197,7 @@ static int copied(int oldfd, int newfd)
         if (files_tracked(files_entry(newfd)) || files_viewed(files_entry(newfd)))
             files_renewed(newfd);
         files_copied(oldfd, newfd);
+        streams_standard(newfd);
         errno = saved;
     }
     return newfd;
@@ -242,6 +244,7 @@ static int dup_over(int oldfd, int newfd, int flags, bool three)
     else {
         files_close_end(&c);
         files_copied(oldfd, newfd);
+        streams_standard(newfd);
     }
     errno = saved;
     return rc;

@@ -51,6 +51,8 @@ static bool mode_writes(const char *mode)
 
 #define VIEW_STREAMS 256
 
+static FILE *stand_ins[3], *originals[3]; /* of the standard streams */
+
 static struct {
     FILE *f;
     int fd;
@@ -120,6 +122,9 @@ static int view_fileno(FILE *f)
 
 static void view_stream_drop(FILE *f)
 {
+    for (int i = 0; i < 3; i++)
+        if (stand_ins[i] == f)
+            stand_ins[i] = NULL;
     for (int i = 0; i < VIEW_STREAMS && __atomic_load_n(&view_streams_count, __ATOMIC_RELAXED); i++) {
         FILE *same = f;
         if (__atomic_compare_exchange_n(&view_streams[i].f, &same, NULL, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
@@ -140,10 +145,13 @@ SHIM_EXPORT int fileno_unlocked(FILE *f)
 
 static int open_flags(const char *mode)
 {
-    int flags = mode[0] == 'r' ? O_RDONLY : mode[0] == 'w' ? O_WRONLY | O_CREAT | O_TRUNC : O_WRONLY | O_CREAT;
-    for (const char *m = mode + 1; *m && *m != ','; m++)
-        flags |= *m == 'e' ? O_CLOEXEC : *m == 'x' ? O_EXCL : *m == '+' ? O_RDWR : 0;
-    return flags;
+    int flags = mode[0] == 'r' ? 0 : mode[0] == 'w' ? O_CREAT | O_TRUNC : O_CREAT | O_APPEND;
+    int access = mode[0] == 'r' ? O_RDONLY : O_WRONLY;
+    for (const char *m = mode + 1; *m && *m != ','; m++) {
+        flags |= *m == 'e' ? O_CLOEXEC : *m == 'x' ? O_EXCL : 0;
+        access = *m == '+' ? O_RDWR : access;
+    }
+    return flags | access;
 }
 
 /* true when the path is a pulled region's, with the stream, or NULL and errno, in *f. */
@@ -160,17 +168,35 @@ static bool view_fopen(const char *path, const char *mode, FILE **f)
     return true;
 }
 
-void streams_inherited(void)
+/* The standard streams write to their numbers inside libc. While one of these is a view's, a stream of ours stands in. */
+void streams_standard(int fd)
 {
     FILE **const standard[] = {&stdin, &stdout, &stderr};
-    for (int fd = 0; fd <= 2; fd++) {
-        FILE *f = view_maybe(fd) ? view_stream(fd, fd ? "a" : "r") : NULL;
-        if (!f)
-            continue;
-        if (fd == STDERR_FILENO)
-            setvbuf(f, NULL, _IONBF, 0);
-        *standard[fd] = f;
+    if ((unsigned)fd > 2)
+        return;
+    FILE **at = standard[fd], *mine = stand_ins[fd];
+    bool stands_in = mine && *at == mine;
+    if (stands_in == view_maybe(fd) || !shim_mine())
+        return;
+    if (stands_in) {
+        fflush(mine);
+        *at = originals[fd];
+        return;
     }
+    if (!mine)
+        mine = stand_ins[fd] = view_stream(fd, fd ? "a" : "r");
+    if (!mine)
+        return;
+    if (fd == STDERR_FILENO)
+        setvbuf(mine, NULL, _IONBF, 0);
+    originals[fd] = *at;
+    *at = mine;
+}
+
+void streams_inherited(void)
+{
+    for (int fd = 0; fd <= 2; fd++)
+        streams_standard(fd);
 }
 
 /* ---- streams over files */

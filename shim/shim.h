@@ -285,7 +285,8 @@ bool names_matched(const char *path); /* a rule wants the file at path replicate
 
 /* ---- hooks_stdio.c, hooks_exit.c */
 void streams_flush(void);
-void streams_inherited(void); /* the standard input may be a view */
+void streams_inherited(void); /* the standard streams may be views */
+void streams_standard(int fd); /* one of their numbers may be a view's now, or one no more */
 void shim_leave(void); /* the last sync point, before the process image goes */
 
 void fork_install(void);

@@ -69,7 +69,7 @@ static size_t held_size(uint64_t size)
 /* The small memfd, filled, as an own descriptor that the caller closes. Negative errno. */
 static int held_make(const struct held_file *from, struct held_file **at)
 {
-    int fd = (int)syscall(SYS_memfd_create, "memsync:file", MFD_CLOEXEC);
+    int fd = (int)syscall(SYS_memfd_create, "memsync:file", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd < 0)
         return -errno;
     fd = own_keep(fd);
@@ -81,6 +81,7 @@ static int held_make(const struct held_file *from, struct held_file **at)
         raw_close(fd);
         return -e;
     }
+    raw_fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW); /* who opens it by /proc cannot cut it under us */
     *h = *from;
     *at = h;
     return fd;
@@ -175,6 +176,7 @@ static int opened(uint32_t n, int flags, const struct control_terms *terms)
         view_release_idle(n - 1);
     }
     shim_unlock(&h);
+    streams_standard(fd);
     if (fd >= 0 && writes && (flags & O_TRUNC) && mirror_resize(&opens[files_entry(fd) - FD_VIEW], 0)) {
         rc = -errno;
         close(fd);

@@ -92,7 +92,7 @@ static ssize_t put(struct mount *m, const struct iovec *iov, int n, uint64_t at,
     return done;
 }
 
-static ssize_t append(struct open_file *f, struct mount *m, const struct iovec *iov, int n, uint64_t len)
+static ssize_t append(struct open_file *f, struct mount *m, const struct iovec *iov, int n, uint64_t len, bool here)
 {
     struct appending a;
     int rc = there(m, page_of(view_size(m)), UINT64_MAX); /* now, so that nobody waits long for us */
@@ -110,7 +110,7 @@ static ssize_t append(struct open_file *f, struct mount *m, const struct iovec *
         errno = saved;
     }
     mirror_append_end(&a);
-    if (done > 0)
+    if (done > 0 && here)
         __atomic_store_n(&f->held->offset, at + (uint64_t)done, __ATOMIC_SEQ_CST);
     return done;
 }
@@ -171,7 +171,7 @@ ssize_t view_write(struct open_file *f, const struct iovec *iov, int n, off_t at
     uint32_t how = __atomic_load_n(&f->held->flags, __ATOMIC_RELAXED);
     bool appends = (how & O_APPEND) || (flags & RWF_APPEND);
     ssize_t done = !len         ? 0
-                   : appends    ? append(f, m, iov, n, len)
+                   : appends    ? append(f, m, iov, n, len, at == HERE)
                    : at == HERE ? put_here(f, m, iov, n, len)
                                 : put(m, iov, n, (uint64_t)at, len);
     saved = errno;

@@ -39,7 +39,6 @@ replicated() {
 absent() { ! memsync export "${far#/}/$1" "$T/exported" >"$T/export.out" 2>&1 || fail "there is a region $1"; }
 nothing_local() { [ ! -e "$far" ] || fail "$far is on the disk: $(find "$far")"; }
 here() { mkdir -p "$far"; } # for what is this host's: locks
-sql() { sqlite3 "$@"; }
 
 start_remote
 random f 3000001
@@ -72,7 +71,8 @@ tools)
     replicated f
     both cp --sparse=always "$T/g" FAR/f
     replicated f
-    both tee -a FAR/f <"$T/g"
+    both bash -c 'tee -a FAR/f <"$1" >/dev/null' - "$T/g"
+    replicated f
     both sort -o FAR/f "$BUILD/memsync"
     replicated f
     both fallocate -l 5000000 FAR/f
@@ -90,6 +90,8 @@ redirects)
     both bash -c '(seq 1 1000; exec sort -n "$1") >FAR/f 2>&1' - "$0"
     replicated f
     both bash -c 'exec 5<>FAR/f; head -c 100 <&5 | md5sum; seq 1 100 >&5; cat <&5 | md5sum'
+    replicated f
+    both bash -c 'echo line >FAR/f; printf "%s\n" a b >>FAR/f; { echo one; seq 3; echo two; } >>FAR/f; echo back; while read -r a; do echo "got $a"; done <FAR/f'
     replicated f
     both bash -c 'awk "BEGIN { for (i = 0; i < 30000; i++) print i }" >FAR/f; wc -l <FAR/f'
     replicated f
@@ -206,15 +208,15 @@ sqlite_memory | sqlite_delete | sqlite_truncate | sqlite_persist | sqlite_wal)
     requires sqlite3
     mode=${1#sqlite_}
     here # sqlite opens the directory, and keeps -shm there
-    both sql FAR/a.db "pragma journal_mode=$mode; pragma synchronous=full; create table t(a integer primary key, b text); create index b on t(b);"
+    both sqlite3 FAR/a.db "pragma journal_mode=$mode; pragma synchronous=full; create table t(a integer primary key, b text); create index b on t(b);"
     for i in 1 2 3; do
-        both sql FAR/a.db "pragma journal_mode=$mode; begin; with recursive n(i) as (select $i union all select i + 3 from n where i < 20000) insert or replace into t
+        both sqlite3 FAR/a.db "pragma journal_mode=$mode; begin; with recursive n(i) as (select $i union all select i + 3 from n where i < 20000) insert or replace into t
             select i, hex(i * 7919) from n; commit; begin; delete from t; rollback; update t set b = b || 'x' where a % 10 = $i; select count(*), sum(length(b)) from t;
             pragma integrity_check"
     done
-    both sql FAR/a.db 'select count(*), max(b), min(b) from t where b > "5"; vacuum; pragma integrity_check; select count(*) from t'
+    both sqlite3 FAR/a.db 'select count(*), max(b), min(b) from t where b > "5"; vacuum; pragma integrity_check; select count(*) from t'
     stop_local
-    both sql FAR/a.db 'select count(*), sum(length(b)) from t; pragma integrity_check'
+    both sqlite3 FAR/a.db 'select count(*), sum(length(b)) from t; pragma integrity_check'
     for file in a.db a.db-journal a.db-wal; do
         if memsync export "${far#/}/$file" "$T/$file" >"$T/export.out" 2>&1; then :; fi
     done
@@ -257,7 +259,7 @@ reader) # one that may only read sees it by another rule, too
     quiet_mirror
     ;;
 hidden) # around the library nothing is written, nor lost
-    for command in 'LD_PRELOAD= dd if=/dev/zero of=/dev/fd/1 bs=10 count=1 status=none >FAR/f' 'exec 5<>FAR/f; LD_PRELOAD= cat <&5'; do
+    for command in 'LD_PRELOAD= dd if=/dev/zero bs=10 count=1 status=none >FAR/f' 'exec 5<>FAR/f; LD_PRELOAD= cat <&5'; do
         cp "$near/f" "$T/before"
         mirror -- bash -c "${command//FAR/$far}" >"$T/got" 2>&1 || true
         [ "$(grep -c '' "$T/got")" -ge 1 ] || fail "'$command' says nothing"
