@@ -385,8 +385,61 @@ static void moved(uint64_t start, uint64_t old, uint64_t to, uint64_t len, bool 
         restore(start, end);
 }
 
+/* A page on each side of where something is moved to, that nobody else gets meanwhile. */
+struct room {
+    char *at; /* NULL: none */
+    size_t len;
+};
+
+static void room_leave(const struct room *r)
+{
+    if (!r->at)
+        return;
+    raw_munmap(r->at, shim_page);
+    raw_munmap(r->at + shim_page + r->len, shim_page);
+}
+
+/* mremap takes the registration off what it moved, but only after it has joined that with a neighbour in the new place
+ * which continues it in the file: the neighbour loses its own too, without a word, and is stored to unseen, or reads
+ * zeros. So things are moved to a place without neighbours. What has no registration any more is not joined with what
+ * has one, and may go on from there to the place that the program asks for. The caller leaves the room when the
+ * mapping is registered anew. */
+static void *move(void *at, size_t old, size_t len, int flags, void *to, struct room *room)
+{
+    size_t first = pages((flags & MREMAP_FIXED) && old ? old : len);
+    uint64_t start = (uint64_t)(uintptr_t)at, target = (uint64_t)(uintptr_t)to;
+    bool sound = len && start % shim_page == 0 && (flags & MREMAP_MAYMOVE) && first < first + 2 * shim_page;
+    if (flags & MREMAP_DONTUNMAP) /* kernels differ in what they take without a place */
+        sound &= (flags & MREMAP_FIXED) != 0;
+    if (flags & MREMAP_FIXED)
+        sound &= target % shim_page == 0 && (target + pages(len) <= start || start + pages(old) <= target);
+    if (!sound || !touches(start, old ? old : 1))
+        return raw_mremap(at, old, len, flags, to);
+    char *got = raw_mmap(NULL, first + 2 * shim_page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (got == MAP_FAILED)
+        return raw_mremap(at, old, len, flags, to);
+    *room = (struct room){got, first};
+    char *apart = raw_mremap(at, old, first, flags | MREMAP_FIXED, got + shim_page);
+    if (apart == MAP_FAILED || !(flags & MREMAP_FIXED))
+        return apart;
+    char *there = raw_mremap(apart, first, len, MREMAP_MAYMOVE | MREMAP_FIXED, to);
+    if (there == MAP_FAILED && !old) {
+        int error = errno;
+        raw_munmap(apart, first);
+        errno = error;
+    } else if (there == MAP_FAILED) { /* back, to be registered there */
+        int error = errno;
+        raw_mremap(apart, first, first, MREMAP_MAYMOVE | MREMAP_FIXED, at);
+        view_moved(start, first, start, first, false, true);
+        moved(start, first, start, first, false);
+        errno = error;
+    }
+    return there;
+}
+
 static void *remap_elsewhere(void *at, size_t old, size_t len, int flags, void *to)
 {
+    struct room space = {0};
     uint64_t start = (uint64_t)(uintptr_t)at, target = (uint64_t)(uintptr_t)to;
     bool keep = flags & MREMAP_DONTUNMAP;
     if (old && touches(start, old))
@@ -394,7 +447,7 @@ static void *remap_elsewhere(void *at, size_t old, size_t len, int flags, void *
     if ((flags & MREMAP_FIXED) && touches(target, len))
         retire(target, target + pages(len), false);
     struct held h = shim_lock();
-    void *got = raw_mremap(at, old, len, flags, to);
+    void *got = move(at, old, len, flags, to, &space);
     h.error = errno;
     uint64_t now = (uint64_t)(uintptr_t)got;
     if (got == MAP_FAILED) {
@@ -424,6 +477,7 @@ static void *remap_elsewhere(void *at, size_t old, size_t len, int flags, void *
     } else {
         forget(now, now + pages(len));
     }
+    room_leave(&space);
     shim_unlock(&h);
     return got;
 }
