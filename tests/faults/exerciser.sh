@@ -1,0 +1,137 @@
+#!/usr/bin/env bash
+# Random operations on two files and their mappings, against a shadow copy: what the program sees, and at every check what the remote has.
+# cases
+# timeout: 1800
+#
+# A case is MODE/STRATEGY/PLACE/REMOTE/INTERVAL: as in programs/replicate.sh, and MEMSYNC_INTERVAL.
+#   push     what is stored and written is at the remote, as the shadow has it
+#
+# TEST_OPS, TEST_SEED: how many operations and which, to repeat a run; the seed is printed. TEST_ROUNDS=200 makes it 100000.
+# "exerciser.sh shrink CASE": with both of them, finds few operations that still fail, by leaving others out.
+. "$(dirname "$0")/../lib.sh"
+
+cases=(push/uffd/disk push/hash/disk push/inotify/disk push/auto/memory push/auto/disk/mem push/uffd/memory/file push/auto/disk/file push/auto/disk/hub
+    push/uffd/disk/agent/10ms push/auto/memory/agent/off)
+[ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
+exerciser=$BUILD/tests/faults/exerciser
+rounds=${TEST_ROUNDS:-20}
+operations=${TEST_OPS:-$((rounds * 500 / (rounds < 200 ? 5 : 1)))}
+seed=${TEST_SEED:-$((SRANDOM % 1000000))}
+
+if [ "$1" = shrink ]; then
+    # A list of numbers; halves, quarters, ... of it are left out as long as it still fails.
+    seq 1 "$operations" >"$T/list"
+    fails() { ! TEST_KEEP=$1 TEST_OPS=$operations TEST_SEED=$seed bash "$0" "$2" >"$T/shrink.out" 2>&1; }
+    fails "$T/list" "$2" || fail "it does not fail: $(cat "$T/shrink.out")"
+    parts=2
+    while [ "$parts" -le "$(wc -l <"$T/list")" ]; do
+        left=''
+        for ((part = parts; part >= 1; part--)); do
+            lines=$(wc -l <"$T/list")
+            split -n "l/$part/$parts" "$T/list" >"$T/part"
+            grep -vxFf "$T/part" "$T/list" >"$T/fewer" || true
+            if [ -s "$T/fewer" ] && [ "$(wc -l <"$T/fewer")" -lt "$lines" ] && fails "$T/fewer" "$2"; then
+                mv "$T/fewer" "$T/list"
+                left=yes
+            fi
+        done
+        say "$(wc -l <"$T/list") operations" >&2
+        [ -n "$left" ] || parts=$((parts * 2))
+    done
+    cp "$T/list" "${TMPDIR:-/tmp}/exerciser.keep"
+    fails "$T/list" "$2" || true
+    cat "$T/shrink.out"
+    say "TEST_KEEP=${TMPDIR:-/tmp}/exerciser.keep TEST_OPS=$operations TEST_SEED=$seed $0 $2"
+    exit 0
+fi
+
+IFS=/ read -r mode strategy place remote interval <<<"$1"
+say "TEST_SEED=$seed TEST_OPS=$operations $0 $1"
+options=(every=500 ${TEST_KEEP:+keep="$TEST_KEEP"} ${TEST_EVERY:+every="$TEST_EVERY"})
+[ "$place" = memory ] && work_in_memory
+[ "$place" = memory ] && options+=(without=zero,collapse,insert) # which tmpfs has not
+
+PROGRAM='' PROGRAM_PID='' IN='' OUT=''
+exerciser_start() { # VARIABLE=VALUE... -- OPTION...
+    local variables=()
+    while [ "$1" != -- ]; do
+        variables+=("$1")
+        shift
+    done
+    shift
+    pipes exerciser
+    exec {IN}<>"$T/exerciser.in" {OUT}<>"$T/exerciser.out"
+    LIMIT=1700 shim "${variables[@]}" -- "$exerciser" run "$W" "$seed" "$operations" "${options[@]}" "$@" \
+        <"$T/exerciser.in" >"$T/exerciser.out" 2>>"$T/program.err" &
+    PROGRAM=$!
+    says
+    [ "$WORD" = pid ] || fail "the program did not start: $(cat "$T/program.err")"
+    PROGRAM_PID=$NUMBER
+}
+# What it says next, in $WORD and $NUMBER; "end" when it has ended, by itself.
+says() {
+    local until=$((SECONDS + ${SAYS_LIMIT:-120}))
+    while ! read -r -t 0.2 -u "$OUT" WORD NUMBER; do
+        if gone "$PROGRAM"; then
+            read -r -t 0.01 -u "$OUT" WORD NUMBER || { WORD=end; NUMBER=0; }
+            return
+        fi
+        [ "$SECONDS" -lt "$until" ] || fail "it says nothing for ${SAYS_LIMIT:-120} s; status: $(memsync status 2>&1 | head -n 20)"
+    done
+}
+go_on() { say go >&"$IN"; }
+exerciser_end() {
+    local code=0
+    wait "$PROGRAM" || code=$?
+    exec {IN}>&- {OUT}>&-
+    [ "$code" = "${1:-0}" ] || fail "the program ended with $code: $(tail -n 30 "$T/program.err")"
+}
+# Answers its checks until it ends.
+follow() {
+    local i
+    while says; [ "$WORD" != end ]; do
+        [ "$WORD" = check ] || fail "it said '$WORD'"
+        for i in 0 1; do
+            rm -f "$T/remote/$i" # export asks for a name that is free
+            memsync export "${W#/}/$i" "$T/remote/$i" >"$T/export.out" 2>&1 || fail "export at operation $NUMBER: $(cat "$T/export.out")"
+        done
+        go_on
+    done
+    exerciser_end
+}
+mkdir "$T/remote"
+
+case $mode in
+push)
+    case ${remote:-agent} in
+    agent) start_remote ;;
+    mem) start_remote mem: ;;
+    file) REMOTE=file:$STORE ;;
+    hub)
+        start_remote "file:$STORE"
+        first=$REMOTE
+        mv "$T/remote.out" "$T/first.out"
+        start_remote "file:$T/second"
+        second=$REMOTE
+        mv "$T/remote.out" "$T/second.out"
+        start_remote "hub:$first,$second"
+        ;;
+    esac
+    exerciser_start MEMSYNC_STRATEGY="$strategy" MEMSYNC_INTERVAL="${interval:-1s}" -- remote="$T/remote"
+    follow
+    quiet "$T/program.err"
+    for i in 0 1; do
+        memsync verify "${W#/}/$i" >"$T/verify.out" 2>&1 || fail "verify: $(cat "$T/verify.out")"
+    done
+    stop_local
+    case ${remote:-agent} in
+    agent)
+        stop_remote
+        same_tree
+        ;;
+    file) same_tree ;;
+    esac
+    ;;
+*) fail "no such mode: $mode" ;;
+esac
+say "$operations operations"
