@@ -8,6 +8,7 @@
 #define NET_SERVER_PRIVATE_H
 
 #include "agent/net/conn.h"
+#include "agent/net/listen.h"
 #include "agent/net/server.h"
 
 #include <sys/queue.h>
@@ -135,24 +136,11 @@ struct session {
 };
 TAILQ_HEAD(session_list, session);
 
-struct listener {
-    TAILQ_ENTRY(listener) link;
-    struct server *server;
-    union {
-        uv_handle_t any;
-        uv_stream_t stream;
-        uv_tcp_t tcp;
-        uv_pipe_t pipe;
-    } h;
-    char path[4096]; /* unix: unlinked at the end */
-};
-TAILQ_HEAD(listener_list, listener);
-
 struct server {
     uv_loop_t *loop;
     struct store *store;
     struct frame_hello self;
-    struct listener_list listeners;
+    struct listeners listeners;
     struct session_list sessions;
     struct pinned_list pinned; /* those to be kept, with pins or without */
     unsigned kept_n;
