@@ -343,6 +343,8 @@ void hub_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, uint32_t
                   void (*done)(void *arg, int err, struct buf *data), void *arg);
 void hub_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,
                   void (*done)(void *arg, int err, struct buf *data), void *arg);
+int hub_pin_extents(struct store_pin *pin, uint64_t offset, uint32_t len,
+                    void (*done)(void *arg, int err, struct buf *extents), void *arg);
 void hub_unpin(struct store_pin *pin);
 void hub_remove(struct store *s, const char *name, const struct id *identity, bool force,
                 void (*done)(void *arg, int err, const char *text), void *arg);

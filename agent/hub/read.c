@@ -349,3 +349,15 @@ void hub_remove(struct store *s, const char *name, const struct id *identity, bo
     q->done = done;
     wait_open(q);
 }
+
+/* The wire does not ask for holes. */
+int hub_pin_extents(struct store_pin *pin, uint64_t offset, uint32_t len,
+                    void (*done)(void *arg, int err, struct buf *extents), void *arg)
+{
+    (void)pin;
+    (void)offset;
+    (void)len;
+    (void)done;
+    (void)arg;
+    return -ENOTSUP;
+}

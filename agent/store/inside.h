@@ -284,6 +284,8 @@ void volume_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, uint3
                      void (*done)(void *arg, int err, struct buf *data), void *arg);
 void volume_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,
                      void (*done)(void *arg, int err, struct buf *data), void *arg);
+int volume_pin_extents(struct store_pin *pin, uint64_t offset, uint32_t len,
+                       void (*done)(void *arg, int err, struct buf *extents), void *arg);
 void volume_unpin(struct store_pin *pin);
 
 /* io.c */
@@ -391,6 +393,9 @@ void pins_applied(struct store *s);
 void pin_release(struct store_pin *pin);
 bool pin_saved(const struct store_pin *pin, uint64_t page);
 int pin_read(struct store_pin *pin, uint8_t *to, size_t len, uint64_t offset); /* under the read lock, its file open */
+
+/* extents.c */
+int pin_extents(struct store_pin *pin, uint64_t offset, uint64_t end, struct buf *to); /* likewise */
 
 /* tree.c. All of a region's under its write lock. */
 struct tree;

@@ -23,7 +23,7 @@ struct pin_read {
     struct pin_read *next;
     uint64_t offset, barrier;
     uint32_t len, room;
-    bool hash, whole; /* whole: nothing is left to do */
+    bool hash, extents, whole; /* whole: nothing is left to do */
     struct tree_read tree;
     int err;
     struct buf *data;
@@ -164,8 +164,9 @@ int pin_read(struct store_pin *pin, uint8_t *to, size_t len, uint64_t offset)
     return pinned(pin, to, len, offset, 0);
 }
 
-static int read_locked(struct store_pin *pin, uint8_t *to, size_t len, uint64_t offset)
+static int read_locked(struct pin_read *q)
 {
+    struct store_pin *pin = q->pin;
     struct region *r = pin->r;
     pthread_rwlock_rdlock(&r->lock);
     if (r->fd < 0) {
@@ -177,7 +178,9 @@ static int read_locked(struct store_pin *pin, uint8_t *to, size_t len, uint64_t 
             return fd;
         }
     }
-    int err = pin->lost ? -ENOBUFS : pin_read(pin, to, len, offset);
+    int err = pin->lost      ? -ENOBUFS
+              : q->extents ? pin_extents(pin, q->offset, q->offset + q->len, q->data)
+                           : pin_read(pin, q->data->data + q->room, q->len, q->offset);
     pthread_rwlock_unlock(&r->lock);
     return err;
 }
@@ -195,7 +198,7 @@ static void read_at_once(struct pin_read *q)
     struct store_pin *pin = q->pin;
     struct region *r = pin->r;
     read_clip(q);
-    if (q->hash || q->len > AT_ONCE || pthread_rwlock_tryrdlock(&r->lock))
+    if (q->hash || q->extents || q->len > AT_ONCE || pthread_rwlock_tryrdlock(&r->lock))
         return;
     int flags = pin->s->volume->ops->lasting && !r->in_memory ? RWF_NOWAIT : 0;
     q->data = r->fd >= 0 && !pin->lost ? buf_new((size_t)q->room + q->len) : NULL;
@@ -213,7 +216,9 @@ static void read_work(void *arg)
     if (q->hash && __atomic_load_n(&pin->dropped, __ATOMIC_RELAXED))
         q->err = -ECANCELED;
     if (!q->data)
-        q->data = buf_new(q->hash ? (size_t)q->tree.count * HASH_BYTES : (size_t)q->room + q->len);
+        q->data = buf_new(q->hash      ? (size_t)q->tree.count * HASH_BYTES
+                          : q->extents ? STORE_EXTENTS * sizeof(struct store_extent)
+                                       : (size_t)q->room + q->len);
     if (!q->data)
         q->err = -ENOMEM;
     if (q->err)
@@ -224,8 +229,9 @@ static void read_work(void *arg)
         return;
     }
     q->whole = true;
-    q->err = read_locked(pin, q->data->data + q->room, q->len, q->offset);
-    q->data->len = q->room + q->len;
+    q->err = read_locked(q);
+    if (!q->extents)
+        q->data->len = q->room + q->len;
 }
 
 void pin_release(struct store_pin *pin)
@@ -340,6 +346,17 @@ void volume_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, uint3
     q->len = len;
     q->room = room;
     read_add(q);
+}
+
+int volume_pin_extents(struct store_pin *pin, uint64_t offset, uint32_t len,
+                       void (*done)(void *arg, int err, struct buf *extents), void *arg)
+{
+    struct pin_read *q = read_new(pin, done, arg);
+    q->extents = true;
+    q->offset = offset;
+    q->len = len;
+    read_add(q);
+    return 0;
 }
 
 void volume_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,

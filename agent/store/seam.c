@@ -117,6 +117,13 @@ void store_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint3
     ops_behind(pin)->pin_hash(pin, level, first, count, fresh, done, arg);
 }
 
+int store_pin_extents(struct store_pin *pin, uint64_t offset, uint32_t len,
+                      void (*done)(void *arg, int err, struct buf *extents), void *arg)
+{
+    assert(done);
+    return ops_behind(pin)->pin_extents(pin, offset, len, done, arg);
+}
+
 void store_unpin(struct store_pin *pin)
 {
     ops_behind(pin)->unpin(pin);

@@ -34,6 +34,8 @@ struct store_ops {
                      void (*done)(void *arg, int err, struct buf *data), void *arg);
     void (*pin_hash)(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,
                      void (*done)(void *arg, int err, struct buf *data), void *arg);
+    int (*pin_extents)(struct store_pin *pin, uint64_t offset, uint32_t len,
+                       void (*done)(void *arg, int err, struct buf *extents), void *arg);
     void (*unpin)(struct store_pin *pin);
     void (*remove)(struct store *s, const char *name, const struct id *identity, bool force,
                    void (*done)(void *arg, int err, const char *text), void *arg);

@@ -289,6 +289,7 @@ const struct store_ops volume_store_ops = {
     .pin_live = volume_pin_live,
     .pin_read = volume_pin_read,
     .pin_hash = volume_pin_hash,
+    .pin_extents = volume_pin_extents,
     .unpin = volume_unpin,
     .remove = volume_remove,
 };

@@ -101,6 +101,14 @@ void store_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, uint32
 /* Nodes first .. first + count of a level of the region's hash tree (wire/frame.md), fewer at its end; level 0 are its pages. data is 16 bytes a node. The
  * tree is kept from then on, 17 bytes for each page with data; `fresh`: all pages below these nodes are read again. */
 void store_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh, void (*done)(void *arg, int err, struct buf *data), void *arg);
+/* Where data and holes are, from offset on: done(arg, 0 or negative errno, array of struct store_extent or NULL), in order, STORE_EXTENTS at most, so that
+ * they may end early; what is no hole may be zeros all the same. -ENOTSUP at once, and no call of `done`: this store does not know. */
+#define STORE_EXTENTS 1024u
+struct store_extent {
+    uint64_t end;
+    bool hole;
+};
+int store_pin_extents(struct store_pin *pin, uint64_t offset, uint32_t len, void (*done)(void *arg, int err, struct buf *extents), void *arg);
 void store_unpin(struct store_pin *pin);
 
 /* Removes a region, its lease too. Refused with -EBUSY while another than `identity` holds the lease, unless forced. */
