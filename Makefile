@@ -25,10 +25,10 @@ SHIM_LIBS = $(shell pkg-config --libs libffi) -ldl -pthread
 
 WIRE := $(wildcard wire/*.c)
 SHIM := $(wildcard shim/*.c) wire/control.c wire/name.c
-AGENT := $(wildcard agent/base/*.c agent/track/*.c agent/sync/*.c agent/store/*.c agent/hub/*.c agent/net/*.c agent/page/*.c) $(WIRE)
+AGENT := $(wildcard agent/nbd/*.c agent/base/*.c agent/track/*.c agent/sync/*.c agent/store/*.c agent/hub/*.c agent/net/*.c agent/page/*.c) $(WIRE)
 CLI := $(wildcard agent/cli/*.c)
 UNIT := $(wildcard tests/unit/*.c)
-FUZZ := frame step server reconcile
+FUZZ := frame step server reconcile nbd
 PROGRAMS := $(filter-out bench/hashes.c bench/reads.c bench/packing.c bench/beside.c,$(wildcard tests/programs/*.c tests/faults/*.c bench/*.c))
 
 shim_objects := $(SHIM:%.c=$(BUILD)/shim.o/%.o)

@@ -1,11 +1,12 @@
 /* memsync-agent: starts the roles its options name, runs the loop, and ends in order.
  *
  * Ending (SIGTERM, SIGINT, `memsync stop`, nothing left to linger for) happens once, one part after the other, each
- * waiting for the one before: the local role publishes, the server finishes the epochs handed in, the store applies and
- * syncs. Then the loop has nothing left, and main returns 0. */
+ * waiting for the one before: the local role publishes, block devices commit what was written, the server finishes the
+ * epochs handed in, the store applies and syncs. Then the loop has nothing left, and main returns 0. */
 #include "agent/base/identity.h"
 #include "agent/base/log.h"
 #include "agent/hub/hub.h"
+#include "agent/nbd/nbd.h"
 #include "agent/net/server.h"
 #include "agent/options.h"
 #include "agent/store/store.h"
@@ -24,6 +25,7 @@ static struct agent {
     uv_signal_t term, interrupt;
     struct local *local;
     struct server *server;
+    struct nbd *nbd;
     struct store *store;
     bool leaving;
 } agent;
@@ -43,12 +45,20 @@ static void on_server_stopped(void *arg)
         on_store_closed(arg);
 }
 
-static void on_local_stopped(void *arg)
+static void on_nbd_stopped(void *arg)
 {
     if (agent.server)
         server_stop(agent.server, on_server_stopped, arg);
     else
         on_server_stopped(arg);
+}
+
+static void on_local_stopped(void *arg)
+{
+    if (agent.nbd)
+        nbd_stop(agent.nbd, on_nbd_stopped, arg);
+    else
+        on_nbd_stopped(arg);
 }
 
 void agent_leave(void)
@@ -96,16 +106,36 @@ static int fail(const char *text)
     return 3;
 }
 
+static int listen_failed(const char *addr, int err)
+{
+    char error[4600];
+    snprintf(error, sizeof error, "cannot listen on %s: %s", addr, uv_strerror(err));
+    return fail(error);
+}
+
 static int listen_on(const char *addr, bool announce)
 {
-    char bound[4200], error[4600];
+    char bound[4200];
     int rc = server_listen(agent.server, addr, bound, sizeof bound);
-    if (rc < 0) {
-        snprintf(error, sizeof error, "cannot listen on %s: %s", addr, uv_strerror(rc));
-        return fail(error);
-    }
+    if (rc < 0)
+        return listen_failed(addr, rc);
     if (announce)
         say_listening("wire", bound);
+    return 0;
+}
+
+static int start_nbd(const struct options *o, const struct id *identity, const char *host)
+{
+    char bound[4200];
+    agent.nbd = o->nbd_n ? nbd_new(&agent.loop, agent.store, identity, host) : NULL;
+    if (o->nbd_n && !agent.nbd)
+        return fail("no memory");
+    for (unsigned i = 0; i < o->nbd_n; i++) {
+        int rc = nbd_listen(agent.nbd, o->nbd[i], bound, sizeof bound);
+        if (rc < 0)
+            return listen_failed(o->nbd[i], rc);
+        say_listening("nbd", bound);
+    }
     return 0;
 }
 
@@ -127,6 +157,8 @@ static int start_server(const struct options *o)
     for (unsigned i = 0; i < o->listen_n; i++)
         if (listen_on(o->listen[i], true))
             return 3;
+    if (start_nbd(o, &identity, host))
+        return 3;
     if (!store_dir(agent.store))
         return 0;
     snprintf(wire, sizeof wire, "unix:%s/.memsync/wire.sock", store_dir(agent.store));

@@ -15,6 +15,7 @@ static const char help[] =
     "       memsync-agent --socket PATH                           beside programs: replicates their files\n"
     "\n"
     "  --listen HOST:PORT   serve other agents here; port 0: any; [V6]:PORT and unix:PATH too; may be repeated\n"
+    "  --nbd HOST:PORT      serve every region as a network block device here; likewise\n"
     "  --store URL          where replicas are kept:\n"
     "                         file:DIR   region NAME is the file DIR/NAME, crash-safe (journal under DIR/.memsync/)\n"
     "                         mem:       in memory only, gone with the agent\n"
@@ -22,7 +23,7 @@ static const char help[] =
     "  --socket PATH        serve this user's programs here (the preload library starts this one by itself)\n"
     "  --linger             leave when no program is connected and all they stored is acknowledged\n"
     "  --state DIR          identity and records; default $XDG_STATE_HOME/memsync or ~/.local/state/memsync\n"
-    "  --insecure           allow --listen on an address that other hosts reach (there is no TLS in this build)\n"
+    "  --insecure           allow --listen and --nbd on an address that other hosts reach (there is no TLS in this build)\n"
     "  --version, --help\n"
     "\n"
     "When ready it prints a line for each listener, such as \"listening wire 127.0.0.1:7070\". SIGTERM or SIGINT: "
@@ -68,46 +69,65 @@ static int store_check(const char *url)
     return fault(2, "--store %s is not a store: file:DIR, mem: or hub:ADDR,ADDR...", url);
 }
 
-static int listen_check(const struct options *o, const char *text)
+static int listen_check(const struct options *o, const char *option, const char *text)
 {
     struct addr a;
     if (addr_parse(&a, text) < 0)
-        return fault(2, "--listen %s is not an address: HOST:PORT, [V6]:PORT or unix:PATH", text);
+        return fault(2, "%s %s is not an address: HOST:PORT, [V6]:PORT or unix:PATH", option, text);
     if (!o->insecure && !addr_loopback(&a))
         return fault(3,
-                     "no TLS is built: --listen %s would let every host that reaches it read and write; use 127.0.0.1, "
+                     "no TLS is built: %s %s would let every host that reaches it read and write; use 127.0.0.1, "
                      "or allow it by --insecure",
-                     text);
+                     option, text);
     return OPTIONS_GO;
+}
+
+static int listeners_check(const struct options *o)
+{
+    int rc = OPTIONS_GO;
+    if ((o->listen_n || o->nbd_n) && !o->store)
+        return fault(2, "%s needs --store: where are replicas to be kept?", o->listen_n ? "--listen" : "--nbd");
+    if (o->nbd_n && hub_is(o->store))
+        return fault(3, "--nbd over a hub is not built: give it to the agents that keep the replicas");
+    for (unsigned i = 0; i < o->listen_n && rc == OPTIONS_GO; i++)
+        rc = listen_check(o, "--listen", o->listen[i]);
+    for (unsigned i = 0; i < o->nbd_n && rc == OPTIONS_GO; i++)
+        rc = listen_check(o, "--nbd", o->nbd[i]);
+    return rc;
 }
 
 /* What the options are together. */
 static int options_check(struct options *o)
 {
-    if (!o->listen_n && !o->store && !o->socket)
+    if (!o->listen_n && !o->nbd_n && !o->store && !o->socket)
         return fault(2, "nothing to do: give --listen and --store, or --socket");
-    if (o->listen_n && !o->store)
-        return fault(2, "--listen needs --store: where are replicas to be kept?");
     int rc = o->store ? store_check(o->store) : OPTIONS_GO;
-    if (rc == OPTIONS_GO && o->store && !o->listen_n && strncmp(o->store, "file:", 5))
+    if (rc == OPTIONS_GO && o->store && !o->listen_n && !o->nbd_n && strncmp(o->store, "file:", 5))
         rc = fault(2, "--store mem: or hub: without --listen could be reached by nobody");
     if (rc == OPTIONS_GO && o->linger && !o->socket)
         rc = fault(2, "--linger is for an agent with --socket");
-    for (unsigned i = 0; i < o->listen_n && rc == OPTIONS_GO; i++)
-        rc = listen_check(o, o->listen[i]);
+    if (rc == OPTIONS_GO)
+        rc = listeners_check(o);
     if (rc == OPTIONS_GO && !o->state[0] && identity_default_dir(o->state, sizeof o->state) < 0)
         rc = fault(2, "the default state directory's path is too long: give one by --state");
     return rc;
+}
+
+static int listen_take(const char **all, unsigned *n, const char *option)
+{
+    if (*n == OPTIONS_LISTEN)
+        return fault(2, "more than %d %s", OPTIONS_LISTEN, option);
+    all[(*n)++] = optarg;
+    return OPTIONS_GO;
 }
 
 static int option_take(struct options *o, int opt)
 {
     switch (opt) {
     case OPT_LISTEN:
-        if (o->listen_n == OPTIONS_LISTEN)
-            return fault(2, "more than %d --listen", OPTIONS_LISTEN);
-        o->listen[o->listen_n++] = optarg;
-        return OPTIONS_GO;
+        return listen_take(o->listen, &o->listen_n, "--listen");
+    case OPT_NBD:
+        return listen_take(o->nbd, &o->nbd_n, "--nbd");
     case OPT_STORE:
         if (o->store)
             return fault(2, "--store given twice: an agent has one store");
@@ -127,8 +147,6 @@ static int option_take(struct options *o, int opt)
     case OPT_INSECURE:
         o->insecure = true;
         return OPTIONS_GO;
-    case OPT_NBD:
-        return fault(3, "--nbd %s: not built", optarg);
     case OPT_VERSION:
         puts("memsync-agent " MEMSYNC_VERSION);
         return 0;

@@ -7,8 +7,8 @@
 #define OPTIONS_LISTEN 16
 
 struct options {
-    const char *listen[OPTIONS_LISTEN];
-    unsigned listen_n;
+    const char *listen[OPTIONS_LISTEN], *nbd[OPTIONS_LISTEN];
+    unsigned listen_n, nbd_n;
     const char *store, *socket; /* NULL: not given */
     char state[4096];
     bool linger, insecure;

@@ -42,19 +42,17 @@ static void set(uint64_t *bits, uint64_t from, uint64_t to, bool on, uint64_t *c
 void pages_came(struct pages *p, uint64_t from, uint64_t to)
 {
     set(p->have, from, to, true, &p->have_n);
-    pages_unask(p, from, to);
+    set(p->asked, from, to, false, NULL);
 }
 
 void pages_ask(struct pages *p, uint64_t from, uint64_t to)
 {
-    set(p->asked, from, to, true, &p->asked_n);
+    set(p->asked, from, to, true, NULL);
 }
 
 void pages_unask(struct pages *p, uint64_t from, uint64_t to)
 {
-    uint64_t answered = 0;
-    set(p->asked, from, to, false, &answered);
-    p->asked_n -= answered;
+    set(p->asked, from, to, false, NULL);
 }
 
 void pages_lose(struct pages *p, uint64_t from, uint64_t to)
@@ -62,7 +60,7 @@ void pages_lose(struct pages *p, uint64_t from, uint64_t to)
     uint64_t lost = 0;
     set(p->have, from, to, false, &lost);
     p->have_n -= lost;
-    pages_unask(p, from, to);
+    set(p->asked, from, to, false, NULL);
 }
 
 /* The first page of [from, to) whose bit in the union of a and b is `on`. */

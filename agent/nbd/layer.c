@@ -1,0 +1,267 @@
+/* What was written, on its way into epochs. A layer is a transaction of the store that takes one frame for each piece
+ * of a write, and a list of the same pieces, over the same bytes, for the client's own reads. */
+#include "agent/nbd/inside.h"
+
+#include "agent/base/log.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#define HANDLE 1u
+
+static const char *name_of(void *arg, uint32_t handle)
+{
+    struct export *x = arg;
+    return handle == HANDLE ? x->name : NULL;
+}
+
+static void on_spilled(void *arg, size_t bytes)
+{
+    (void)arg; /* layers are bounded by themselves */
+    (void)bytes;
+}
+
+void layer_drop(struct layer *l)
+{
+    if (--l->refs)
+        return;
+    for (size_t i = 0; i < l->bufs_len; i++)
+        buf_drop(l->bufs[i]);
+    free(l->bufs);
+    free(l->extents);
+    free(l);
+}
+
+static void waiters_tell(struct export *x)
+{
+    struct waiters all = TAILQ_HEAD_INITIALIZER(all);
+    for (struct waiter *w = TAILQ_FIRST(&x->waiters), *next; w; w = next) {
+        next = TAILQ_NEXT(w, link);
+        if (w->seq > x->durable && !x->broken)
+            continue;
+        TAILQ_REMOVE(&x->waiters, w, link);
+        TAILQ_INSERT_TAIL(&all, w, link);
+    }
+    int err = x->broken ? x->err : 0; /* the export may go in what follows */
+    for (struct waiter *w; (w = TAILQ_FIRST(&all));) {
+        struct nbd_conn *c = w->conn;
+        TAILQ_REMOVE(&all, w, link);
+        c->requests--;
+        if (!err && !c->closing && c->export && w->request.command == NBD_CMD_BLOCK_STATUS)
+            status_begin(c, &w->request);
+        else
+            request_answer(c, &w->request, err);
+        free(w);
+        conn_pump(c);
+        conn_drop(c);
+    }
+}
+
+static void export_break(struct export *x, int err, const char *text)
+{
+    if (x->broken)
+        return;
+    log_warn("region %s: what NBD client %s wrote is not on disk: %s", x->name, x->party, text);
+    x->broken = true;
+    x->err = err;
+    if (x->open) {
+        store_txn_abort(x->open->txn);
+        x->open->txn = NULL;
+        x->open = NULL;
+    }
+}
+
+static void commit_waiting(struct export *x);
+
+static void on_durable(void *arg, int err, const char *text)
+{
+    struct layer *l = arg;
+    struct export *x = l->export;
+    x->committing--;
+    if (err) {
+        export_break(x, err, text && *text ? text : strerror(-err));
+    } else {
+        x->durable = l->seq;
+        TAILQ_REMOVE(&x->layers, l, link);
+        layer_drop(l);
+        view_forget(x); /* before the epoch is applied, which would keep what the view has */
+    }
+    commit_waiting(x);
+    x->conns++; /* stays while others are told */
+    waiters_tell(x);
+    export_unblock(x);
+    x->conns--;
+    export_settle(x);
+}
+
+static void commit_waiting(struct export *x)
+{
+    struct layer *l = x->open;
+    if (!l || !l->wanted || x->committing >= NBD_LAYERS)
+        return;
+    struct store_txn *t = l->txn;
+    x->open = NULL;
+    l->txn = NULL;
+    x->committing++;
+    store_txn_commit(t, on_durable, l);
+}
+
+void layer_want(struct export *x)
+{
+    if (!x->open)
+        return;
+    x->open->wanted = true;
+    commit_waiting(x);
+}
+
+static int layer_open(struct export *x)
+{
+    struct layer *l = calloc(1, sizeof *l);
+    struct buf *b = buf_new(64);
+    struct store_names names = {.name_of = name_of, .arg = x};
+    struct store_txn *t = l && b ? store_txn_new(x->nbd->store, &x->nbd->identity, names, on_spilled, l) : NULL;
+    if (!t) {
+        free(l);
+        buf_drop(b);
+        return -ENOMEM;
+    }
+    *l = (struct layer){.refs = 1, .export = x, .txn = t, .seq = ++x->seq, .since = uv_now(x->nbd->loop)};
+    l->from = UINT64_MAX;
+    struct frame_region g = {.handle = HANDLE,
+                             .epoch = x->epoch + 1,
+                             .base = x->epoch,
+                             .fence = x->fence,
+                             .min_size = UINT64_MAX,
+                             .size = x->size};
+    b->len = (uint32_t)frame_region_put(b->data, b->cap, &g);
+    store_txn_chain(t, x);
+    char error[STORE_ERROR] = "";
+    int err = store_txn_add(t, FRAME_REGION, b, error);
+    buf_drop(b);
+    TAILQ_INSERT_TAIL(&x->layers, l, link);
+    x->open = l;
+    x->epoch++;
+    if (err)
+        export_break(x, err, error);
+    return err;
+}
+
+static void *grown(void *array, size_t len, size_t *cap, size_t size)
+{
+    if (len < *cap)
+        return array;
+    size_t more = *cap ? *cap * 2 : 16;
+    void *p = realloc(array, more * size);
+    if (p)
+        *cap = more;
+    return p;
+}
+
+static int layer_add(struct layer *l, struct buf *b, const struct layer_extent *e)
+{
+    struct layer_extent *extents = grown(l->extents, l->extents_len, &l->extents_cap, sizeof *extents);
+    if (extents)
+        l->extents = extents;
+    struct buf **bufs = grown(l->bufs, l->bufs_len, &l->bufs_cap, sizeof *bufs);
+    if (bufs)
+        l->bufs = bufs;
+    if (!extents || !bufs)
+        return -ENOMEM;
+    char error[STORE_ERROR] = "";
+    int err = store_txn_add(l->txn, FRAME_PAGES, b, error);
+    if (err) {
+        export_break(l->export, err, error);
+        return err;
+    }
+    l->extents[l->extents_len++] = *e;
+    l->bufs[l->bufs_len++] = buf_hold(b);
+    l->bytes += b->len;
+    l->from = e->offset < l->from ? e->offset : l->from;
+    l->to = e->offset + e->len > l->to ? e->offset + e->len : l->to;
+    return 0;
+}
+
+int layer_put(struct export *x, uint64_t offset, uint32_t len, const uint8_t *data)
+{
+    if (x->broken)
+        return x->err;
+    if (offset > x->size || len > x->size - offset)
+        return -ENOSPC;
+    struct layer *l = x->open;
+    if (l && (l->bytes >= NBD_LAYER_BYTES || l->extents_len >= NBD_LAYER_EXTENTS)) {
+        layer_want(x);
+        if (x->open)
+            return -EAGAIN;
+    }
+    int err = x->open ? 0 : layer_open(x);
+    if (err)
+        return err;
+    l = x->open;
+    struct frame_extent e = {.offset = offset, .len = len, .kind = data ? FRAME_PAGES_DATA : FRAME_PAGES_ZEROS};
+    struct buf *b = buf_new(FRAME_PAGES_HEAD + FRAME_PAGES_ENTRY + (data ? len : 0));
+    if (!b)
+        return -ENOMEM;
+    size_t head = frame_pages_put(b->data, b->cap, HANDLE, &e, 1);
+    if (data)
+        memcpy(b->data + head, data, len);
+    b->len = (uint32_t)(head + (data ? len : 0));
+    err = layer_add(l, b, &(struct layer_extent){offset, len, data ? b->data + head : NULL});
+    buf_drop(b);
+    return err;
+}
+
+bool layer_wait(struct nbd_conn *c, const struct nbd_request *r)
+{
+    struct export *x = c->export;
+    if (x->broken || x->seq == x->durable)
+        return false;
+    struct waiter *w = malloc(sizeof *w);
+    if (!w) {
+        conn_fail(c, "no memory for a FLUSH");
+        return true;
+    }
+    *w = (struct waiter){.conn = c, .request = *r, .seq = x->seq};
+    TAILQ_INSERT_TAIL(&x->waiters, w, link);
+    conn_hold(c);
+    c->requests++;
+    return true;
+}
+
+size_t layers_hold(struct export *x, struct layer **to)
+{
+    size_t n = 0;
+    struct layer *l;
+    TAILQ_FOREACH(l, &x->layers, link)
+    {
+        l->refs++;
+        to[n++] = l;
+    }
+    return n;
+}
+
+void layer_over(const struct layer *l, uint8_t *to, uint64_t offset, uint32_t len)
+{
+    uint64_t end = offset + len;
+    if (l->from >= end || l->to <= offset)
+        return;
+    for (size_t i = 0; i < l->extents_len; i++) {
+        const struct layer_extent *e = &l->extents[i];
+        uint64_t from = e->offset > offset ? e->offset : offset;
+        uint64_t stop = e->offset + e->len < end ? e->offset + e->len : end;
+        if (from >= stop)
+            continue;
+        if (e->data)
+            memcpy(to + (from - offset), e->data + (from - e->offset), (size_t)(stop - from));
+        else
+            memset(to + (from - offset), 0, (size_t)(stop - from));
+    }
+}
+
+void layers_forget(struct export *x)
+{
+    for (struct layer *l; (l = TAILQ_FIRST(&x->layers));) {
+        TAILQ_REMOVE(&x->layers, l, link);
+        layer_drop(l);
+    }
+    x->durable = x->seq;
+}

@@ -1,0 +1,25 @@
+/* Every region of a store as a network block device. Loop thread only.
+ *
+ * An export is a region under its name; the empty name is the store's only region. What a client reads is the newest
+ * durable epoch, at every request anew. What it writes is gathered into epochs of the region, which FLUSH and FUA close
+ * and wait for. See inside.h for how, wire/nbd.md for what is spoken. */
+#ifndef NBD_NBD_H
+#define NBD_NBD_H
+
+#include "agent/base/id.h"
+#include "agent/store/store.h"
+
+#include <uv.h>
+
+struct nbd;
+
+/* The store answers at once (file: and mem: do). identity: the agent's; what is written is written by one derived from
+ * it, so that its leases are not those of the agent's own programs. NULL without memory. */
+struct nbd *nbd_new(uv_loop_t *loop, struct store *store, const struct id *identity, const char *host);
+/* As server_listen (agent/net/server.h). */
+int nbd_listen(struct nbd *n, const char *addr, char *bound, size_t cap);
+/* Stops listening, closes every connection, commits what was gathered, gives leases back. `done` then, and it is gone.
+ */
+void nbd_stop(struct nbd *n, void (*done)(void *arg), void *arg);
+
+#endif
