@@ -186,18 +186,10 @@ int rules_ack(const char *text, uint8_t *ack)
     return 0;
 }
 
-/* "4096", "512M", "4G". */
-static bool size_of(const char *text, uint64_t *size)
+static bool size_good(const char *text)
 {
-    static const char units[] = "KMGT";
-    if (number(&text, size) || !*size)
-        return false;
-    const char *unit = *text ? strchr(units, *text) : NULL;
-    unsigned shift = unit ? 10u * (unsigned)(unit - units + 1) : 0;
-    if (*text && (!unit || text[1] || *size > UINT64_MAX >> shift))
-        return false;
-    *size <<= shift;
-    return true;
+    uint64_t n;
+    return !number(&text, &n) && n && (!*text || (strchr("KMGT", *text) && !text[1]));
 }
 
 static bool template_good(const char *t, char letter[3])
@@ -249,20 +241,13 @@ static int set_interval(struct rule *rule, const char *value, char error[RULES_E
     return 0;
 }
 
-static int set_resident(struct rule *rule, const char *value, char error[RULES_ERROR])
+/* Keys of what is not built are checked all the same, so that a rule keeps its meaning when it is. */
+static int set_later(struct rule *rule, enum rule_key key, const char *value, char error[RULES_ERROR])
 {
-    if (!size_of(value, &rule->resident))
+    if (key == KEY_RESIDENT && !size_good(value))
         return fail(error, "'", quote(value).s, "' is no value of resident=; it is a size, e.g. 512M, 4G", NULL);
-    if (rule->mode == RULE_PUSH)
-        return fail(error, "resident= is for pull and mirror: under push the file itself is here", NULL);
-    return 0;
-}
-
-static int set_follow(struct rule *rule, char error[RULES_ERROR])
-{
-    if (rule->mode != RULE_PULL && rule->mode != RULE_NONE)
-        return fail(error, "follow is for pull: who writes a region has its newest epoch", NULL);
-    rule->follow = true;
+    if (!rule->not_built)
+        rule->not_built = key == KEY_RESIDENT ? "resident=" : "follow";
     return 0;
 }
 
@@ -301,11 +286,10 @@ static int set_key(struct rule *rule, enum rule_key key, const char *value, char
     case KEY_ORDER:
         return set_order(rule, value, error);
     case KEY_RESIDENT:
-        return set_resident(rule, value, error);
     case KEY_FOLLOW:
         break;
     }
-    return set_follow(rule, error);
+    return set_later(rule, key, value, error);
 }
 
 static int parse_key(struct rule *rule, char *text, unsigned *seen, char error[RULES_ERROR])
@@ -366,7 +350,7 @@ static int parse_rule(struct rule *rule, char *text, const struct rules_defaults
     }
     if (rule->mode == RULE_NONE)
         rule->not_built = NULL;
-    else if (rule->mode == RULE_PUSH || rule->mode == RULE_MIRROR)
+    else if ((rule->mode == RULE_PUSH || rule->mode == RULE_MIRROR) && !rule->not_built)
         rule->not_built = strategy_not_built[rule->strategy];
     return rc;
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests: every unit test binary, every script, every case of a script that lists cases ("SCRIPT list").
 #
-#   tests/run.sh [unit|programs|faults|fuzz|long|PATH[:CASE]]...    (unit programs faults fuzz when none is named)
+#   tests/run.sh [unit|programs|faults|interop|fuzz|long|PATH[:CASE]]...    (unit programs faults interop fuzz when none is named)
 #
 # BUILD=DIR: what to test. JOBS=N: how many at once (2). TIMEOUT=S for each (120). One line a test, the output of those that failed, and the totals.
 set -uo pipefail
@@ -45,7 +45,7 @@ add_unit() {
         [ -f "$program" ] && [ -x "$program" ] && add "unit/$(basename "$program")" "$TIMEOUT" "$program"
     done
 }
-for what in "${@:-unit}" $([ $# = 0 ] && echo programs faults fuzz); do
+for what in "${@:-unit}" $([ $# = 0 ] && echo programs faults interop fuzz); do
     case $what in
     unit) add_unit && add_folder unit ;;
     programs | faults | interop | fuzz | vm) add_folder "$what" ;;

@@ -36,7 +36,10 @@ says 2 leftover -- --listen 127.0.0.1:0 --store mem: leftover
 for url in s3://bucket/x redis://h:1/0 nbd://h dir:/x; do
     says 3 "$url" 'not built' -- --listen 127.0.0.1:0 --store "$url"
 done
-says 3 --nbd 'not built' -- --listen 127.0.0.1:0 --store mem: --nbd 127.0.0.1:0
+says 2 --store -- --nbd 127.0.0.1:0
+says 2 nonsense HOST:PORT -- --nbd nonsense --store mem:
+says 3 hub 'not built' -- --nbd 127.0.0.1:0 --store hub:127.0.0.1:1,127.0.0.1:2
+says 3 'no TLS is built' --nbd --insecure -- --nbd 0.0.0.0:0 --store mem:
 says 3 'no TLS is built' 0.0.0.0:0 --insecure -- --listen 0.0.0.0:0 --store mem:
 says 3 'no TLS is built' -- --listen '[::]:0' --store mem:
 says 3 /proc/x --state -- --listen 127.0.0.1:0 --store mem: --state /proc/x
