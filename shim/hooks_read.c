@@ -8,9 +8,11 @@
 #include "shim/view.h"
 
 #include <limits.h>
+#include <linux/memfd.h>
 #include <sys/socket.h>
 
 #define PIECE (1u << 20)
+#define COPIED (64u << 10)
 
 /* The part of iov that [done, done + most) of its bytes is; at most cap pieces. */
 static int part(const struct iovec *iov, int n, uint64_t done, uint64_t most, struct iovec *to, int cap)
@@ -29,21 +31,20 @@ static int part(const struct iovec *iov, int n, uint64_t done, uint64_t most, st
     return used;
 }
 
-/* One piece at offset, of at most len bytes: bytes read, or -1. */
+/* One piece at offset, of at most len bytes: bytes read, or -1. A smaller one when pages went while it was read. */
 static ssize_t piece(struct mount *m, const struct iovec *iov, int n, uint64_t done, uint64_t at, uint64_t len)
 {
     struct iovec some[16];
-    int used = part(iov, n, done, len, some, 16);
-    for (;;) {
-        uint64_t punches = __atomic_load_n(&m->view->punches, __ATOMIC_ACQUIRE);
-        int rc = view_need(m, at, len);
+    for (uint64_t since;; len = len > shim_page ? (len + 1) / 2 : len) {
+        int used = part(iov, n, done, len, some, 16);
+        int rc = view_need(m, at, len, &since);
         int memory = rc ? -1 : view_memory(m);
         if (memory < 0) {
             errno = rc ? -rc : EIO;
             return -1;
         }
         ssize_t got = syscall(SYS_preadv, memory, some, used, at, 0);
-        if (__atomic_load_n(&m->view->punches, __ATOMIC_ACQUIRE) == punches)
+        if (view_same(m, since))
             return got;
     }
 }
@@ -334,6 +335,41 @@ SHIM_EXPORT int lockf64(int fd, int command, off64_t len)
 
 /* ---- from a view to another descriptor, within the kernel */
 
+static ssize_t move_whole(struct mount *m, uint64_t start, size_t len, view_move *move, void *of)
+{
+    uint64_t since;
+    int rc = view_need(m, start, len, &since), memory = rc ? -1 : view_memory(m);
+    if (memory < 0) {
+        errno = rc ? -rc : EIO;
+        return -1;
+    }
+    off64_t at = (off64_t)start;
+    return move(memory, &at, len, of);
+}
+
+/* What has been sent cannot be looked at again: where pages may go meanwhile, a copy of them is sent. */
+static ssize_t move_copy(struct mount *m, uint64_t start, size_t len, view_move *move, void *of)
+{
+    len = len < COPIED ? len : COPIED;
+    uint8_t *bytes = len ? raw_memory(COPIED) : NULL;
+    int fd = (int)syscall(SYS_memfd_create, "memsync:copy", MFD_CLOEXEC);
+    ssize_t done = len && !bytes ? -1 : fd < 0 ? -1 : 0;
+    if (!done && len)
+        done = read_at(m, &(struct iovec){bytes, len}, 1, start, len);
+    if (done > 0)
+        done = syscall(SYS_pwrite64, fd, bytes, (size_t)done, 0);
+    off64_t at = 0;
+    if (done >= 0)
+        done = move(fd, &at, (size_t)done, of);
+    int saved = errno;
+    if (fd >= 0)
+        raw_close(fd);
+    if (bytes)
+        raw_munmap(bytes, COPIED);
+    errno = saved;
+    return done;
+}
+
 ssize_t view_transfer(int from, off64_t *from_at, size_t len, view_move *move, void *of)
 {
     struct open_file *f;
@@ -354,13 +390,8 @@ ssize_t view_transfer(int from, off64_t *from_at, size_t len, view_move *move, v
     uint64_t size = view_size(m), left = start < size ? size - start : 0;
     len = len < left ? len : left;
     len = len < PIECE ? len : PIECE;
-    int rc = len ? view_need(m, start, len) : 0, memory = rc ? -1 : view_memory(m);
-    if (memory < 0) {
-        errno = rc ? -rc : EIO;
-        return -1;
-    }
-    off64_t at = (off64_t)start;
-    ssize_t done = move(memory, &at, len, of);
+    ssize_t done = m->view->moves ? move_copy(m, start, len, move, of) : move_whole(m, start, len, move, of);
+    off64_t at = (off64_t)start + done;
     if (done > 0 && from_at)
         *from_at = at;
     else if (done > 0)

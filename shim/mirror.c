@@ -143,7 +143,7 @@ static size_t truncate_put(void *to, size_t cap, uint32_t slot, void *of)
 static int size_asked(struct mount *m, uint64_t size, bool grow)
 {
     struct control_truncate t = {.view = m->number, .size = size, .grow = grow};
-    int rc = size > INT64_MAX ? -EFBIG : sync_ask(truncate_put, &t, m->fetch_timeout_ms);
+    int rc = size > INT64_MAX ? -EFBIG : sync_ask(truncate_put, &t, m->how.fetch_timeout_ms);
     return rc == -ENOTCONN ? -EIO : rc;
 }
 

@@ -186,10 +186,18 @@ int rules_ack(const char *text, uint8_t *ack)
     return 0;
 }
 
-static bool size_good(const char *text)
+/* "4096", "512M", "4G". */
+static bool size_of(const char *text, uint64_t *size)
 {
-    uint64_t n;
-    return !number(&text, &n) && n && (!*text || (strchr("KMGT", *text) && !text[1]));
+    static const char units[] = "KMGT";
+    if (number(&text, size) || !*size)
+        return false;
+    const char *unit = *text ? strchr(units, *text) : NULL;
+    unsigned shift = unit ? 10u * (unsigned)(unit - units + 1) : 0;
+    if (*text && (!unit || text[1] || *size > UINT64_MAX >> shift))
+        return false;
+    *size <<= shift;
+    return true;
 }
 
 static bool template_good(const char *t, char letter[3])
@@ -241,13 +249,20 @@ static int set_interval(struct rule *rule, const char *value, char error[RULES_E
     return 0;
 }
 
-/* Keys of what is not built are checked all the same, so that a rule keeps its meaning when it is. */
-static int set_later(struct rule *rule, enum rule_key key, const char *value, char error[RULES_ERROR])
+static int set_resident(struct rule *rule, const char *value, char error[RULES_ERROR])
 {
-    if (key == KEY_RESIDENT && !size_good(value))
+    if (!size_of(value, &rule->resident))
         return fail(error, "'", quote(value).s, "' is no value of resident=; it is a size, e.g. 512M, 4G", NULL);
-    if (!rule->not_built)
-        rule->not_built = key == KEY_RESIDENT ? "resident=" : "follow";
+    if (rule->mode == RULE_PUSH)
+        return fail(error, "resident= is for pull and mirror: under push the file itself is here", NULL);
+    return 0;
+}
+
+static int set_follow(struct rule *rule, char error[RULES_ERROR])
+{
+    if (rule->mode != RULE_PULL && rule->mode != RULE_NONE)
+        return fail(error, "follow is for pull: who writes a region has its newest epoch", NULL);
+    rule->follow = true;
     return 0;
 }
 
@@ -286,10 +301,11 @@ static int set_key(struct rule *rule, enum rule_key key, const char *value, char
     case KEY_ORDER:
         return set_order(rule, value, error);
     case KEY_RESIDENT:
+        return set_resident(rule, value, error);
     case KEY_FOLLOW:
         break;
     }
-    return set_later(rule, key, value, error);
+    return set_follow(rule, error);
 }
 
 static int parse_key(struct rule *rule, char *text, unsigned *seen, char error[RULES_ERROR])
@@ -350,7 +366,7 @@ static int parse_rule(struct rule *rule, char *text, const struct rules_defaults
     }
     if (rule->mode == RULE_NONE)
         rule->not_built = NULL;
-    else if ((rule->mode == RULE_PUSH || rule->mode == RULE_MIRROR) && !rule->not_built)
+    else if (rule->mode == RULE_PUSH || rule->mode == RULE_MIRROR)
         rule->not_built = strategy_not_built[rule->strategy];
     return rc;
 }

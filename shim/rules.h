@@ -22,9 +22,11 @@ struct rule {
     const char *name;      /* the template of name=, or NULL: the path without its leading slash */
     enum rule_mode mode;
     enum rule_strategy strategy;
-    uint8_t order;         /* enum control_order, of a pull */
+    uint8_t order;         /* enum control_order, of a pull or mirror */
+    bool follow;           /* of a pull */
+    uint64_t resident;     /* bytes, of a pull or mirror; 0: no bound */
     struct control_terms terms;
-    const char *not_built; /* what of this rule is understood and not built, e.g. "resident=", "strategy=fuse"; else NULL */
+    const char *not_built; /* what of this rule is understood and not built, e.g. "strategy=fuse"; else NULL */
 };
 
 struct rules {

@@ -93,10 +93,9 @@ static void describe(struct held_file *h, const struct mount *m)
                             .version = SHARED_VERSION,
                             .size = view_size(m),
                             .epoch = m->epoch,
-                            .fetch_timeout_ms = m->fetch_timeout_ms,
                             .mtime_ns = m->mtime_ns,
                             .lineage = m->lineage,
-                            .order = m->order,
+                            .how = m->how,
                             .mode = m->mode};
     strcpy(h->path, m->path);
     strcpy(h->name, m->name);
@@ -160,8 +159,9 @@ static int opened(uint32_t n, int flags, const struct control_terms *terms)
     shim_unlock(&h);
     int rc = 0;
     if (eager) {
+        uint64_t since;
         say_once(SAY_WARN, "%s: %s; pulled regions are fetched whole before they open", m->path, arm_reason());
-        rc = view_need(m, 0, view_size(m));
+        rc = view_need(m, 0, view_size(m), &since);
     }
     if (!rc && writes)
         rc = mirror_attach(n, terms);
@@ -198,8 +198,11 @@ static int prepare(struct view_pending *p, const struct rule *rule, const char *
         say(SAY_ERROR, "%s: %s", path, error);
         return -EINVAL;
     }
-    view_terms(&p->ask.open, path, name, rule->order, rule->mode == RULE_MIRROR ? CONTROL_MIRROR : CONTROL_PULL,
-               shim.fetch_timeout_ms);
+    struct view_how how = {.order = rule->order,
+                           .follow = rule->follow,
+                           .resident = rule->resident,
+                           .fetch_timeout_ms = shim.fetch_timeout_ms};
+    view_terms(&p->ask.open, path, name, rule->mode == RULE_MIRROR ? CONTROL_MIRROR : CONTROL_PULL, &how);
     return 0;
 }
 
@@ -275,7 +278,7 @@ static int resume(struct open_file *f)
     struct view_pending *p = pending_new();
     if (!p)
         return -ENOMEM;
-    view_terms(&p->ask.open, f->held->path, f->held->name, f->held->order, f->held->mode, f->held->fetch_timeout_ms);
+    view_terms(&p->ask.open, f->held->path, f->held->name, f->held->mode, &f->held->how);
     p->ask.epoch = f->held->epoch;
     p->ask.lineage = f->held->lineage;
     p->ask.size = f->held->size;
@@ -407,8 +410,9 @@ static bool named_ours(int fd)
 
 static bool held_good(const struct held_file *h)
 {
-    return h->magic == VIEW_MAGIC && h->version == SHARED_VERSION && h->order <= CONTROL_ORDER_NONE &&
-           h->mode <= CONTROL_MIRROR && h->size <= INT64_MAX && memchr(h->path, 0, sizeof h->path) && memchr(h->name, 0, sizeof h->name);
+    return h->magic == VIEW_MAGIC && h->version == SHARED_VERSION && h->how.order <= CONTROL_ORDER_NONE &&
+           h->mode <= CONTROL_MIRROR && h->size <= INT64_MAX && memchr(h->path, 0, sizeof h->path) &&
+           memchr(h->name, 0, sizeof h->name);
 }
 
 uint32_t view_adopt(int fd, const struct statx *st)

@@ -12,6 +12,12 @@
 #define VIEW_NOT_OURS (-2)
 #define VIEW_DEV 0xfffffu /* what stat says of the device: no real one has this number */
 
+/* What a rule says of how its regions are pulled, and the variables. */
+struct view_how {
+    uint8_t order, follow;
+    uint64_t resident, fetch_timeout_ms;
+};
+
 /* One view in this process: what several open files and mappings of it share. */
 struct mount {
     bool used;
@@ -22,10 +28,11 @@ struct mount {
     const struct view *view;
     uint8_t *window; /* the memfd, mapped without access: only to ask what is there; NULL where there was no room */
     uint64_t window_len;
-    uint64_t size, epoch, fetch_timeout_ms;
+    uint64_t size, epoch;
     int64_t mtime_ns;
     struct id lineage;
-    uint8_t order, mode; /* enum control_order, enum control_mode */
+    struct view_how how;
+    uint8_t mode; /* enum control_mode */
     /* of a mirror (mirror.c) */
     uint32_t region;  /* under which its changes are published; 0 while this process has it open for reading only */
     bool attached;    /* the agent has the lease of it */
@@ -42,12 +49,13 @@ struct mount {
 struct held_file {
     uint64_t magic;
     uint64_t offset;
-    uint64_t size, epoch, fetch_timeout_ms;
+    uint64_t size, epoch;
     int64_t mtime_ns;
     struct id lineage;
     uint32_t version;
     uint32_t flags; /* of open(2), as F_GETFL tells them */
-    uint8_t order, mode;
+    struct view_how how;
+    uint8_t mode;
     struct control_terms terms; /* of a mirror */
     char path[CONTROL_PATH], name[NAME_CAP];
 };
@@ -76,15 +84,16 @@ struct view_pending {
     struct control_resume ask; /* OPEN sends its first part */
     bool resume;
 };
-void view_terms(struct control_open *o, const char *path, const char *name, uint8_t order, uint8_t mode,
-                uint64_t timeout);
+void view_terms(struct control_open *o, const char *path, const char *name, uint8_t mode, const struct view_how *how);
 int view_ask(struct view_pending *p); /* sends it and waits for its VIEW. 0, or a negative errno */
 /* What it brought becomes a mount, or is found to be one that is there. Index + 1 with opens raised, or a negative
  * errno. */
 int view_mount_made(struct view_pending *p);
 void view_release_idle(uint32_t mount); /* lock held */
-/* All pages of [offset, offset + len) are in the memfd: 0, or a negative errno. */
-int view_need(struct mount *m, uint64_t offset, uint64_t len);
+/* All pages of [offset, offset + len) are in the memfd: 0, or a negative errno. `since`: what its sequence was before;
+ * they are there, still, if it is the same after they were read. */
+int view_need(struct mount *m, uint64_t offset, uint64_t len, uint64_t *since);
+bool view_same(const struct mount *m, uint64_t since);
 bool view_present(const struct mount *m, uint64_t offset, uint64_t len); /* now */
 /* The memfd itself, after a check that it still is; -1. */
 int view_memory(const struct mount *m);

@@ -298,7 +298,7 @@ void view_buffer(uint64_t start, uint64_t len)
     if (end < start || !shim_mine())
         return;
     for (struct mount *m; start < end && (m = piece_of(start, end, &start, &offset, &here));)
-        view_need(m, offset, here);
+        view_need(m, offset, here, &(uint64_t){0});
 }
 
 void view_buffer_vector(const struct iovec *iov, int n)

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #define ASK_PATIENCE_MS 5000u
+#define NEED_TRIES 3u
 
 uint32_t view_count;
 struct mount view_mounts[VIEW_MOUNTS];
@@ -99,12 +100,13 @@ static size_t ask_put(void *to, size_t cap, uint32_t slot, void *of)
     return p->resume ? control_resume_put(to, cap, &p->ask) : control_open_put(to, cap, &p->ask.open);
 }
 
-void view_terms(struct control_open *o, const char *path, const char *name, uint8_t order, uint8_t mode,
-                uint64_t timeout)
+void view_terms(struct control_open *o, const char *path, const char *name, uint8_t mode, const struct view_how *how)
 {
     o->mode = mode;
-    o->order = order;
-    o->fetch_timeout_ms = timeout;
+    o->order = how->order;
+    o->follow = how->follow;
+    o->resident = how->resident;
+    o->fetch_timeout_ms = how->fetch_timeout_ms;
     strcpy(o->path, path);
     strcpy(o->name, name);
 }
@@ -142,6 +144,11 @@ int view_ask(struct view_pending *p)
     }
     if (client_up())
         arm_can_miss(); /* the agent has the userfaultfd before it hears of a view */
+    if (arm_user_mode_only && p->ask.open.resident) { /* a buffer that is fetched for a call could go before it */
+        say_once(SAY_WARN, "%s: resident= is not kept to: %s", p->ask.open.path,
+                 "that needs a userfaultfd for faults of calls, too (memsync doctor tells what to change)");
+        p->ask.open.resident = 0;
+    }
     p->number = p->ask.open.view = ++numbers ? numbers : ++numbers;
     p->next = pendings;
     pendings = p;
@@ -240,9 +247,11 @@ static int mount_fill(struct mount *m, const struct view_pending *p, const struc
                         .epoch = p->view.epoch,
                         .mtime_ns = p->view.mtime_ns,
                         .lineage = p->view.lineage,
-                        .order = p->ask.open.order,
                         .mode = p->ask.open.mode,
-                        .fetch_timeout_ms = p->ask.open.fetch_timeout_ms};
+                        .how = {.order = p->ask.open.order,
+                                .follow = p->ask.open.follow,
+                                .resident = p->ask.open.resident,
+                                .fetch_timeout_ms = p->ask.open.fetch_timeout_ms}};
     strcpy(m->path, p->ask.open.path);
     strcpy(m->name, p->ask.open.name);
     if (m->mode == CONTROL_PULL && (uint64_t)st->st_size != m->size)
@@ -294,7 +303,7 @@ void view_announce(void)
         if (!m->used || view_memory(m) < 0)
             continue;
         r = (struct control_resume){.epoch = m->epoch, .lineage = m->lineage, .size = view_size(m)};
-        view_terms(&r.open, m->path, m->name, m->order, m->mode, m->fetch_timeout_ms);
+        view_terms(&r.open, m->path, m->name, m->mode, &m->how);
         r.open.slot = sync_slot_unheard();
         r.open.view = m->number;
         int fds[2] = {m->memory, m->meta};
@@ -336,15 +345,28 @@ bool view_present(const struct mount *m, uint64_t offset, uint64_t len)
     return window;
 }
 
-int view_need(struct mount *m, uint64_t offset, uint64_t len)
+/* What is fetched for a view with a bound makes others go: it is looked at again, so that the caller need not read
+ * twice. Not for ever: the caller looks, too. */
+int view_need(struct mount *m, uint64_t offset, uint64_t len, uint64_t *since)
 {
+    struct fetch f = {.number = m->number, .offset = offset, .len = len};
     int saved = errno, rc = 0;
     if (m->mode == CONTROL_MIRROR && offset + len > m->window_len)
         window_grow(m);
-    if (len && !view_present(m, offset, len)) {
-        struct fetch f = {.number = m->number, .offset = offset, .len = len};
-        rc = sync_ask(fetch_put, &f, m->fetch_timeout_ms);
+    for (unsigned tries = 0; tries < NEED_TRIES && !rc; tries++) {
+        *since = __atomic_load_n(&m->view->punches, __ATOMIC_SEQ_CST);
+        if (!len || (!(*since & 1) && view_present(m, offset, len)))
+            break;
+        rc = sync_ask(fetch_put, &f, m->how.fetch_timeout_ms);
+        if (!m->view->moves)
+            break;
     }
     errno = saved;
     return rc == -ENOTCONN ? -EIO : rc;
+}
+
+bool view_same(const struct mount *m, uint64_t since)
+{
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    return !(since & 1) && __atomic_load_n(&m->view->punches, __ATOMIC_SEQ_CST) == since;
 }

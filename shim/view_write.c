@@ -42,7 +42,7 @@ static int there(struct mount *m, uint64_t from, uint64_t to)
 {
     uint64_t size = view_size(m);
     to = to < size ? to : size;
-    return from < to ? view_need(m, from, to - from) : 0;
+    return from < to ? view_need(m, from, to - from, &(uint64_t){0}) : 0;
 }
 
 static uint64_t page_of(uint64_t at)

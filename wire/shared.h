@@ -53,6 +53,9 @@ struct marks {
  * begins again when it moved. Size and epoch change only while it is odd. Who writes by calls raises `calls` of its struct shared first, and only then
  * looks at it; the agent makes it odd first, and only then looks at `calls`: one of the two sees the other and lets it pass. Threads in mappings need none
  * of it: they fault. */
+#define VIEW_MOVES 1u
+#define VIEW_FOLLOWS 2u /* and the epoch may change */
+
 struct view {
     uint32_t version; /* SHARED_VERSION */
     int32_t failed;   /* a negative errno once pages cannot be had any more: those that are missing are poisoned */
@@ -60,8 +63,20 @@ struct view {
     uint64_t punches;
     uint64_t epoch;  /* that its pages are of */
     uint32_t mirror; /* 1: programs may write it */
-    uint32_t unused;
+    uint32_t moves;  /* VIEW_MOVES: pages may be taken out at any time; else never, once they are there. Fixed */
 };
+
+/* The agent's. Between the two, pages go. */
+static inline void view_punch_begin(struct view *v)
+{
+    __atomic_store_n(&v->punches, v->punches + 1, __ATOMIC_SEQ_CST);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
+static inline void view_punch_end(struct view *v)
+{
+    __atomic_store_n(&v->punches, v->punches + 1, __ATOMIC_SEQ_CST);
+}
 
 static inline void marks_min_size(struct marks *m, uint64_t size)
 {

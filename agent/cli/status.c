@@ -70,9 +70,12 @@ static void print_reason(json_t *region)
 
 static void print_view(json_t *view)
 {
-    char resident[32], size[32], both[80], flight[32];
+    char resident[32], size[32], bound[32], both[80], flight[32];
     snprintf(both, sizeof both, "%s of %s", cli_bytes((uint64_t)number_of(view, "resident"), resident),
              cli_bytes((uint64_t)number_of(view, "size"), size));
+    size_t used = strlen(both);
+    if (number_of(view, "bound"))
+        snprintf(both + used, sizeof both - used, ", %s at most", cli_bytes((uint64_t)number_of(view, "bound"), bound));
     printf("%-32s %-9s %7lld  %-24s %-9s %8lld %-8s %s\n", text_of(view, "name"), text_of(view, "state"),
            (long long)number_of(view, "epoch"), both, cli_bytes((uint64_t)number_of(view, "in_flight"), flight),
            (long long)number_of(view, "programs"), text_of(view, "order"), text_of(view, "remote"));

@@ -177,6 +177,7 @@ static void demand(struct mount *m, uint64_t from, uint64_t to, uint64_t since)
 {
     for (uint64_t end; from < to; from = end) {
         end = to - from < PLAN_WINDOW ? to : from + PLAN_WINDOW;
+        evict_room(m, end - from);
         read_send(m, from, end, false, 0, since);
     }
 }
@@ -265,8 +266,9 @@ void fetch_range(struct mount *m, struct answer *a, uint64_t offset, uint64_t le
                            .to = to,
                            .since = uv_now(m->pager->link->local->loop)};
     m->fetchings = f;
-    if (from < to)
-        plan_touch(&m->plan, from, to);
+    if (from < to && plan_touch(&m->plan, from, to))
+        evict_walk(m, to);
+    evict_keep(m, from, to);
     fetchings_step(m);
     fetch_pump(m->pager);
 }
@@ -325,7 +327,8 @@ void fetch_pump(struct pager *g)
         all++;
     while (idle < all && g->bulk < g->ahead) {
         uint64_t from, to;
-        if (m->state == MOUNT_PINNED && (m->viewers || m->eager) && plan_next(&m->plan, &m->pages, &from, &to)) {
+        if (m->state == MOUNT_PINNED && (m->viewers || m->eager) && evict_next(m, &from, &to)) {
+            evict_room(m, to - from);
             read_send(m, from, to, true, least_busy(g), 0);
             idle = 0;
             g->turn = m;

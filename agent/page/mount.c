@@ -12,13 +12,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-struct mount *mount_find(struct pager *g, const char *name, const struct id *lineage, uint64_t epoch,
-                         uint64_t timeout_ms, bool eager)
+struct mount *mount_find(struct pager *g, const struct control_open *how, const struct id *lineage, uint64_t epoch,
+                         bool eager)
 {
     for (struct mount *m = g->mounts; m; m = m->next)
         if (m->state != MOUNT_FAILED && m->epoch == epoch &&
-            m->timeout_ms == (timeout_ms == CONTROL_FOREVER ? 0 : timeout_ms) && (!m->eager || eager) &&
-            id_same(&m->lineage, lineage) && !strcmp(m->name, name))
+            m->timeout_ms == (how->fetch_timeout_ms == CONTROL_FOREVER ? 0 : how->fetch_timeout_ms) &&
+            (!m->eager || eager) && m->shared->moves == evict_moves(how, m->eager) &&
+            id_same(&m->lineage, lineage) && !strcmp(m->name, how->name))
             return m;
     return NULL;
 }
@@ -28,7 +29,7 @@ static uint64_t pages_in(uint64_t bytes)
     return bytes / PAGE_SIZE + (bytes % PAGE_SIZE != 0);
 }
 
-static int make_shared(struct mount *m)
+static int make_shared(struct mount *m, bool moves)
 {
     bool taken = m->shared_fd >= 0;
     if (!taken)
@@ -44,7 +45,9 @@ static int make_shared(struct mount *m)
         return -errno;
     m->shared = at;
     if (!taken)
-        *m->shared = (struct view){.version = SHARED_VERSION, .size = m->size, .epoch = m->epoch};
+        *m->shared = (struct view){.version = SHARED_VERSION, .size = m->size, .epoch = m->epoch, .moves = moves};
+    if (m->shared->punches & 1) /* it died between the two */
+        view_punch_end(m->shared);
     return m->shared->version == SHARED_VERSION && m->shared->size == m->size ? 0 : -EINVAL;
 }
 
@@ -158,7 +161,7 @@ struct mount *mount_new(struct pager *g, const struct control_open *how, const s
     int rc = !m->name || !m->path ? -ENOMEM : e->size > MOUNT_SIZE_MAX ? -EFBIG : 0;
     rc = rc ? rc : pages_init(&m->pages, pages_in(e->size));
     rc = rc ? rc : make_memfd(m);
-    rc = rc ? rc : make_shared(m);
+    rc = rc ? rc : make_shared(m, evict_moves(how, eager));
     rc = rc ? rc : make_window(m);
     rc = rc ? rc : memfd >= 0 ? find_data(m) : 0;
     if (!rc) {
@@ -190,6 +193,7 @@ void mount_free(struct mount *m)
         close(m->memfd);
     if (m->shared_fd >= 0)
         close(m->shared_fd);
+    evict_free(m);
     pages_free(&m->pages);
     plan_free(&m->plan);
     free(m->wanted);
@@ -205,15 +209,20 @@ bool mount_complete(const struct mount *m)
 
 /* ---- viewers ---- */
 
-struct viewer *viewer_add(struct mount *m, struct program *p, uint32_t number)
+struct viewer *viewer_add(struct mount *m, struct program *p, const struct control_open *how)
 {
     struct viewer *v = calloc(1, sizeof *v);
     if (!v)
         return NULL;
-    *v = (struct viewer){
-        .next_mount = m->viewers, .next_program = p->viewers, .mount = m, .program = p, .number = number};
+    *v = (struct viewer){.next_mount = m->viewers,
+                         .next_program = p->viewers,
+                         .mount = m,
+                         .program = p,
+                         .number = how->view,
+                         .resident = how->resident};
     m->viewers = v;
     p->viewers = v;
+    evict_bound(m);
     return v;
 }
 
@@ -231,6 +240,7 @@ void viewer_end(struct viewer *v)
     free(v->stretches);
     free(v);
     m->idle_since = uv_now(m->pager->link->local->loop);
+    evict_bound(m);
     if (!m->viewers)
         remember(m);
 }
@@ -325,6 +335,7 @@ int mount_put(struct mount *m, uint64_t offset, const uint8_t *data, uint64_t le
     pages_came(&m->pages, from, from + pages_in(len));
     m->bytes_in += len;
     mount_wake(m, from, from + pages_in(len));
+    evict_filled(m, from, from + pages_in(len));
     return 0;
 }
 
@@ -400,6 +411,8 @@ void mount_fault(struct mount *m, struct viewer *v, const struct stretch *s, uin
             if (pages_bit(m->pages.have, p - 1) || pages_bit(m->pages.asked, p - 1))
                 from = p;
     }
+    if (to - from >= PLAN_WINDOW / 2 && to > page + 1)
+        evict_walk(m, to);
     fetch_want(m, from, to, uv_now(m->pager->link->local->loop));
 }
 
@@ -413,5 +426,7 @@ void mount_advise(struct mount *m, uint8_t advice, uint64_t offset, uint64_t len
     m->plan.random = advice == MADV_RANDOM || (m->plan.random && advice == MADV_WILLNEED);
     if (advice == MADV_WILLNEED || advice == MADV_SEQUENTIAL)
         plan_move(&m->plan, from);
+    if (advice == MADV_WILLNEED)
+        evict_lead(m, from, to);
     fetch_pump(m->pager);
 }

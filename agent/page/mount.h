@@ -68,11 +68,29 @@ struct stretch {
     uint64_t addr, len, offset;
 };
 
+/* Pages that were filled one behind the other, and the bound (evict.c). */
+struct filled {
+    uint64_t from, to;
+};
+
+struct eviction {
+    uint64_t bound;        /* pages; 0: none */
+    struct filled *queue;  /* a ring: the oldest first; every page that is here is in it */
+    size_t first, n, cap;
+    struct filled kept[4]; /* what calls asked for last: not evicted */
+    unsigned kept_turn;
+    uint64_t lead, lead_to; /* what may be fetched ahead all the same */
+    uint64_t walked, ahead; /* where a walk was last, and how far it is led */
+    bool full;              /* the bound was reached: the background stops */
+    uint64_t evicted;       /* bytes, ever */
+};
+
 struct viewer {
     struct viewer *next_mount, *next_program;
     struct mount *mount;
     struct program *program;
     uint32_t number;
+    uint64_t resident; /* the bound it asks for, bytes; 0: none */
     struct stretch *stretches;
     size_t count, cap;
 };
@@ -103,6 +121,7 @@ struct mount {
     bool eager;
     struct pages pages;
     struct plan plan;
+    struct eviction evict;
     struct viewer *viewers;
     uint64_t idle_since; /* while it has none */
     uint64_t made_at;
@@ -158,13 +177,13 @@ struct pager {
 };
 
 /* mount.c */
-struct mount *mount_find(struct pager *g, const char *name, const struct id *lineage, uint64_t epoch,
-                         uint64_t timeout_ms, bool eager);
+struct mount *mount_find(struct pager *g, const struct control_open *how, const struct id *lineage, uint64_t epoch,
+                         bool eager);
 /* memfd: one that is taken over, or -1. NULL without memory or descriptors. */
 struct mount *mount_new(struct pager *g, const struct control_open *how, const struct frame_entry *e, int memfd,
                         int shared_fd, bool eager);
 void mount_free(struct mount *m);
-struct viewer *viewer_add(struct mount *m, struct program *p, uint32_t number);
+struct viewer *viewer_add(struct mount *m, struct program *p, const struct control_open *how);
 void viewer_end(struct viewer *v);
 int viewer_map(struct viewer *v, uint64_t addr, uint64_t len, uint64_t offset);
 void viewer_unmap(struct viewer *v, uint64_t addr, uint64_t len);
@@ -194,6 +213,19 @@ void fetch_forget(struct mount *m); /* it goes, or failed */
 void fetch_unpin(struct pager *g, uint32_t pin);
 void fetch_pin(struct mount *m);
 void opening_ask(struct pager *g, struct opening *o);
+
+/* evict.c */
+uint32_t evict_moves(const struct control_open *how, bool eager); /* struct view's moves */
+void evict_bound(struct mount *m); /* viewers came or went: the smallest bound counts */
+void evict_free(struct mount *m);
+void evict_filled(struct mount *m, uint64_t from, uint64_t to); /* these have come */
+/* So many pages are about to be asked for: makes room for them. */
+void evict_room(struct mount *m, uint64_t pages);
+void evict_keep(struct mount *m, uint64_t from, uint64_t to); /* a call is about to read these */
+void evict_lead(struct mount *m, uint64_t from, uint64_t to); /* these will be wanted next */
+void evict_walk(struct mount *m, uint64_t at); /* or those from there on, if this goes on */
+/* The next run to be asked for in the background. */
+bool evict_next(struct mount *m, uint64_t *from, uint64_t *to);
 
 /* viewers.c */
 /* The mount it came to, if any. */

@@ -42,17 +42,19 @@ static void set(uint64_t *bits, uint64_t from, uint64_t to, bool on, uint64_t *c
 void pages_came(struct pages *p, uint64_t from, uint64_t to)
 {
     set(p->have, from, to, true, &p->have_n);
-    set(p->asked, from, to, false, NULL);
+    pages_unask(p, from, to);
 }
 
 void pages_ask(struct pages *p, uint64_t from, uint64_t to)
 {
-    set(p->asked, from, to, true, NULL);
+    set(p->asked, from, to, true, &p->asked_n);
 }
 
 void pages_unask(struct pages *p, uint64_t from, uint64_t to)
 {
-    set(p->asked, from, to, false, NULL);
+    uint64_t answered = 0;
+    set(p->asked, from, to, false, &answered);
+    p->asked_n -= answered;
 }
 
 void pages_lose(struct pages *p, uint64_t from, uint64_t to)
@@ -60,7 +62,7 @@ void pages_lose(struct pages *p, uint64_t from, uint64_t to)
     uint64_t lost = 0;
     set(p->have, from, to, false, &lost);
     p->have_n -= lost;
-    set(p->asked, from, to, false, NULL);
+    pages_unask(p, from, to);
 }
 
 /* The first page of [from, to) whose bit in the union of a and b is `on`. */

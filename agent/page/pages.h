@@ -12,7 +12,7 @@ struct pages {
     uint64_t count;
     uint64_t *have;  /* the page is in the memfd */
     uint64_t *asked; /* a read for it is under way, and it has not come */
-    uint64_t have_n;
+    uint64_t have_n, asked_n;
 };
 
 int pages_init(struct pages *p, uint64_t count); /* 0 or -ENOMEM */

@@ -105,13 +105,15 @@ void plan_move(struct plan *p, uint64_t page)
     p->backwards = false;
 }
 
-void plan_touch(struct plan *p, uint64_t from, uint64_t to)
+bool plan_touch(struct plan *p, uint64_t from, uint64_t to)
 {
-    if (!p->random && from + 1 >= p->touched && from <= p->touched && p->cursor < to)
+    bool follows = !p->random && from + 1 >= p->touched && from <= p->touched;
+    if (follows && p->cursor < to)
         plan_move(p, to);
     p->touched = to;
     for (uint64_t page = from; p->known && page < to; page += PLAN_CHUNK)
         record(p, page);
+    return follows;
 }
 
 static bool run_in(const struct pages *pages, uint64_t lo, uint64_t hi, uint64_t *from, uint64_t *to)

@@ -42,8 +42,8 @@ void plan_record(struct plan *p, uint64_t *recorded, size_t n, uint64_t chunks);
 void plan_free(struct plan *p);
 /* The window that a fault on `page` asks for; contains the page, and is within the region. */
 void plan_fault(struct plan *p, const struct pages *pages, uint64_t page, uint64_t *from, uint64_t *to);
-/* A call reads [from, to): the background goes on behind it when calls follow one another. */
-void plan_touch(struct plan *p, uint64_t from, uint64_t to);
+/* A call reads [from, to): the background goes on behind it when calls follow one another. True: this one did. */
+bool plan_touch(struct plan *p, uint64_t from, uint64_t to);
 /* The background goes on from there, forwards. */
 void plan_move(struct plan *p, uint64_t page);
 /* The next run, of at most PLAN_WINDOW pages, that is neither there nor asked for. False: nothing is left to be done.

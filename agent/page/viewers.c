@@ -161,7 +161,7 @@ static int present(struct opening *o, struct mount *m)
         return -EEXIST;
     int rc = watch(o->program);
     if (!rc)
-        rc = viewer_add(m, o->program, o->how.view) ? 0 : -ENOMEM;
+        rc = viewer_add(m, o->program, &o->how) ? 0 : -ENOMEM;
     if (!rc && (rc = send_view(o->program, o->how.view, m, &e, true)))
         viewer_end(viewer_of(o->program, o->how.view));
     return rc;
@@ -198,7 +198,7 @@ struct mount *opening_pinned(struct pager *g, struct opening *o, uint32_t pin, c
         return NULL;
     }
     bool eager = must_be_eager(p);
-    struct mount *m = mount_find(g, o->how.name, &e->lineage, e->epoch, o->how.fetch_timeout_ms, eager);
+    struct mount *m = mount_find(g, &o->how, &e->lineage, e->epoch, eager);
     if (m) {
         fetch_unpin(g, pin);
     } else {
@@ -240,7 +240,7 @@ void openings_look(struct mount *m)
 /* 0: it is built. */
 static int not_built(struct program *p, const struct control_open *m)
 {
-    const char *what = m->mode != CONTROL_PULL ? "=mirror" : m->follow ? "follow" : m->resident ? "resident=" : NULL;
+    const char *what = m->mode != CONTROL_PULL ? "=mirror" : m->follow ? "follow" : NULL;
     struct answer *a = what ? answer_new(p, m->slot) : NULL;
     if (!a)
         return what ? -ENOMEM : 0;
@@ -318,7 +318,7 @@ static int on_resume(struct program *p, const void *data, size_t len, int *fds, 
     if (!g)
         return -ENOMEM;
     struct mount *t = nfds ? mount_of_memfd(g, fds[0])
-                           : mount_find(g, m.open.name, &m.lineage, m.epoch, m.open.fetch_timeout_ms, p->uffd < 0);
+                           : mount_find(g, &m.open, &m.lineage, m.epoch, p->uffd < 0);
     if (!t && (!nfds || p->uffd < 0))
         return opening_new(p, &m.open, m.epoch, &m.lineage);
     struct opening o = {.program = p, .answer = answer_new(p, m.open.slot), .how = m.open};
@@ -474,9 +474,10 @@ void page_status(FILE *f, struct link *k, bool *comma, void (*text)(FILE *f, con
         text(f, m->state == MOUNT_FAILED ? m->reason : m->state == MOUNT_PINNED ? "" : k->reason);
         fprintf(f,
                 ",\"state\":\"%s\",\"order\":\"%s\",\"lineage\":\"%s\",\"epoch\":%llu,\"size\":%llu,\"resident\":%llu,"
-                "\"fetched\":%llu,\"in_flight\":%llu,\"faults\":%llu,\"programs\":%u}",
+                "\"bound\":%llu,\"evicted\":%llu,\"fetched\":%llu,\"in_flight\":%llu,\"faults\":%llu,\"programs\":%u}",
                 states[m->state], orders[m->plan.order], lineage, (unsigned long long)m->epoch,
-                (unsigned long long)m->size, (unsigned long long)resident(m), (unsigned long long)m->bytes_in,
+                (unsigned long long)m->size, (unsigned long long)resident(m),
+                (unsigned long long)(m->evict.bound * PAGE_SIZE), (unsigned long long)m->evict.evicted, (unsigned long long)m->bytes_in,
                 (unsigned long long)in_flight(m), (unsigned long long)m->plan.faults, viewers_of(m));
         *comma = true;
     }

@@ -72,11 +72,8 @@ static void test_not_built(void **state)
     } table[] = {
         {"/a=pull", NULL},
         {"/a=pull,order=recorded", NULL},
-        {"/a=pull,resident=512M", "resident="},
-        {"/a=pull,follow", "follow"},
+        {"/a=pull,resident=512M", NULL},
         {"/a=mirror,order=linear", NULL},
-        {"/a,resident=512M", "resident="},
-        {"/a,follow", "follow"},
         {"/a,strategy=softdirty", "strategy=softdirty"},
         {"/a,strategy=kmod", "strategy=kmod"},
         {"/a,strategy=uffd", NULL},
@@ -92,6 +89,29 @@ static void test_not_built(void **state)
         else
             assert_ptr_equal(says, table[i].says);
     }
+}
+
+static void test_resident(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *rule;
+        uint64_t size;
+    } table[] = {
+        {"/a=pull", 0},
+        {"/a=pull,resident=1", 1},
+        {"/a=pull,resident=16K", 16384},
+        {"/a=mirror,resident=512M", 512ull << 20},
+        {"/a=pull,resident=4G,order=none", 4ull << 30},
+        {"/a=pull,resident=16777215T", 16777215ull << 40},
+    };
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
+        must_parse(table[i].rule);
+        assert_int_equal(rules.rule[0].resident, table[i].size);
+        assert_false(rules.rule[0].follow);
+    }
+    must_parse("/a=pull,follow");
+    assert_true(rules.rule[0].follow);
 }
 
 static void test_refused(void **state)
@@ -113,8 +133,13 @@ static void test_refused(void **state)
     refused("/a,interval=soon", "'soon'", "off or a time");
     refused("/a,interval=forever", "'forever'", "off or a time");
     refused("/a,initial=safe", "'safe'", "push or pull");
-    refused("/a,resident=lots", "'lots'", "512M");
-    refused("/a,resident=0", "'0'", "512M");
+    refused("/a=pull,resident=lots", "'lots'", "512M");
+    refused("/a=pull,resident=0", "'0'", "512M");
+    refused("/a=pull,resident=16777216T", "'16777216T'", "512M");
+    refused("/a=pull,resident=4GB", "'4GB'", "512M");
+    refused("/a,resident=512M", "resident=", "pull and mirror");
+    refused("/a,follow", "follow", "pull");
+    refused("/a=mirror,follow", "follow", "pull");
     refused("/a,order=none", "order=", "pull and mirror");
     refused("/a=pull,order=random", "'random'", "fault, linear, recorded or none");
     refused("/a,follow=yes", "follow", "no value");
@@ -415,7 +440,7 @@ static void test_globs_plain(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_defaults),  cmocka_unit_test(test_keys),       cmocka_unit_test(test_not_built),
+        cmocka_unit_test(test_defaults),  cmocka_unit_test(test_keys),       cmocka_unit_test(test_not_built), cmocka_unit_test(test_resident),
         cmocka_unit_test(test_refused),   cmocka_unit_test(test_limits),     cmocka_unit_test(test_globs),
         cmocka_unit_test(test_may_match), cmocka_unit_test(test_companions), cmocka_unit_test(test_names),
         cmocka_unit_test(test_times),     cmocka_unit_test(test_words),      cmocka_unit_test(test_globs_plain),

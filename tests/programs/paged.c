@@ -1,0 +1,252 @@
+/* Files whose pages tell themselves what they are: the first word of each is a version, and the others follow from it
+ * and from the page's place. What is read of one can be judged without another copy of it, and half a page, another
+ * page, or zeros show.
+ *
+ *   paged make FILE PAGES [VERSION]    writes one, every page of that version (0)
+ *   paged check FILE                   reads it from beginning to end: all of one version, which it prints
+ *   paged random FILE OPS THREADS SEED random loads, reads and transfers, all of version 0; prints nothing
+ *   paged transfers FILE OPS THREADS SEED  the same, half of it sendfile
+ *   paged walk FILE                    through a mapping, forwards and then backwards
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/sendfile.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define PAGE 4096u
+#define WORDS (PAGE / 8)
+#define LONGEST 48u /* pages of a call */
+
+static void failed(const char *what, int line)
+{
+    fprintf(stderr, "paged.c:%d: %s: %s\n", line, what, strerror(errno));
+    exit(1);
+}
+#define MUST(x)                                                                                                        \
+    do {                                                                                                               \
+        errno = 0;                                                                                                     \
+        if (!(x))                                                                                                      \
+            failed(#x, __LINE__);                                                                                      \
+    } while (0)
+
+static uint64_t mix(uint64_t x)
+{
+    x = (x ^ x >> 31) * 0x9e3779b97f4a7c15ULL;
+    x = (x ^ x >> 29) * 0xbf58476d1ce4e5b9ULL;
+    return x ^ x >> 32;
+}
+
+static uint64_t word(uint64_t page, uint64_t version, unsigned i)
+{
+    return i ? mix(page << 20 ^ version << 10 ^ i) : version;
+}
+
+static void fill(uint64_t *at, uint64_t page, uint64_t version)
+{
+    for (unsigned i = 0; i < WORDS; i++)
+        at[i] = word(page, version, i);
+}
+
+/* The version of a whole page; anything else ends the program. */
+static uint64_t version_of(const uint64_t *at, uint64_t page, const char *how)
+{
+    uint64_t version = at[0];
+    for (unsigned i = 1; i < WORDS; i++) {
+        uint64_t is = at[i];
+        if (is != word(page, version, i)) {
+            fprintf(stderr, "paged: %s: page %llu, word %u: %llx is not of version %llu%s\n", how,
+                    (unsigned long long)page, i, (unsigned long long)is, (unsigned long long)version,
+                    is || version ? "" : ": zeros");
+            exit(1);
+        }
+    }
+    return version;
+}
+
+static void must_be(uint64_t version, const uint64_t *at, uint64_t page, const char *how)
+{
+    uint64_t is = version_of(at, page, how);
+    if (is != version) {
+        fprintf(stderr, "paged: %s: page %llu has version %llu, not %llu\n", how, (unsigned long long)page,
+                (unsigned long long)is, (unsigned long long)version);
+        exit(1);
+    }
+}
+
+static uint64_t pages_of(int fd)
+{
+    struct stat st;
+    MUST(!fstat(fd, &st) && st.st_size && !(st.st_size % PAGE));
+    return (uint64_t)st.st_size / PAGE;
+}
+
+static void make(const char *path, uint64_t pages, uint64_t version)
+{
+    static uint64_t page[WORDS];
+    FILE *f = fopen(path, "w");
+    MUST(f);
+    for (uint64_t p = 0; p < pages; p++) {
+        fill(page, p, version);
+        MUST(fwrite(page, PAGE, 1, f) == 1);
+    }
+    MUST(!fclose(f));
+}
+
+static void check(const char *path)
+{
+    static uint64_t page[WORDS];
+    FILE *f = fopen(path, "r");
+    MUST(f);
+    uint64_t version = 0, n = 0;
+    for (; fread(page, PAGE, 1, f) == 1; n++) {
+        if (!n)
+            version = version_of(page, 0, path);
+        must_be(version, page, n, path);
+    }
+    MUST(n);
+    printf("%llu\n", (unsigned long long)version);
+}
+
+static void walk(const char *path)
+{
+    int fd = open(path, O_RDONLY);
+    MUST(fd >= 0);
+    uint64_t pages = pages_of(fd);
+    const uint64_t *map = mmap(NULL, pages * PAGE, PROT_READ, MAP_SHARED, fd, 0);
+    MUST(map != MAP_FAILED);
+    for (uint64_t p = 0; p < pages; p++)
+        must_be(0, map + p * WORDS, p, "forwards");
+    for (uint64_t p = pages; p--;)
+        must_be(0, map + p * WORDS, p, "backwards");
+}
+
+/* ---- random */
+
+struct worker {
+    pthread_t thread;
+    const uint64_t *map, *private;
+    int fd;
+    uint64_t pages, ops, random;
+    bool transfers; /* more of them than of anything else */
+    uint64_t buffer[LONGEST * WORDS];
+};
+
+static uint64_t roll(struct worker *w, uint64_t below)
+{
+    w->random = mix(w->random + 0x2545f4914f6cdd1dULL);
+    return w->random % below;
+}
+
+static void by_read(struct worker *w, uint64_t page, uint64_t n)
+{
+    for (uint64_t done = 0; done < n * PAGE;) {
+        ssize_t got = pread(w->fd, (char *)w->buffer + done, n * PAGE - done, (off_t)(page * PAGE + done));
+        MUST(got > 0);
+        done += (uint64_t)got;
+    }
+    for (uint64_t i = 0; i < n; i++)
+        must_be(0, w->buffer + i * WORDS, page + i, "read");
+}
+
+static void by_vector(struct worker *w, uint64_t page, uint64_t n)
+{
+    struct iovec iov[3] = {{w->buffer, 1000}, {(char *)w->buffer + 1000, 5096}, {(char *)w->buffer + 6096, n * PAGE}};
+    ssize_t got = preadv(w->fd, iov, 3, (off_t)(page * PAGE));
+    MUST(got >= 8192 || page + 1 == w->pages);
+    for (uint64_t i = 0; i < (uint64_t)got / PAGE && i < n; i++)
+        must_be(0, w->buffer + i * WORDS, page + i, "readv");
+}
+
+static void by_sendfile(struct worker *w, uint64_t page, uint64_t n)
+{
+    int to = memfd_create("sent", 0);
+    off_t at = (off_t)(page * PAGE);
+    MUST(to >= 0);
+    for (uint64_t done = 0; done < n * PAGE;) {
+        ssize_t got = sendfile(to, w->fd, &at, n * PAGE - done);
+        MUST(got > 0);
+        done += (uint64_t)got;
+    }
+    MUST(pread(to, w->buffer, n * PAGE, 0) == (ssize_t)(n * PAGE));
+    for (uint64_t i = 0; i < n; i++)
+        must_be(0, w->buffer + i * WORDS, page + i, "sendfile");
+    close(to);
+}
+
+static void *work(void *arg)
+{
+    struct worker *w = arg;
+    while (w->ops--) {
+        uint64_t page = roll(w, w->pages), left = w->pages - page, n = 1 + roll(w, LONGEST - 2);
+        n = n < left ? n : left;
+        switch (w->transfers && roll(w, 2) ? 2 : roll(w, 16)) {
+        case 0:
+            by_read(w, page, n);
+            break;
+        case 1:
+            by_vector(w, page, n);
+            break;
+        case 2:
+            by_sendfile(w, page, n);
+            break;
+        case 3:
+            must_be(0, w->private + page * WORDS, page, "private mapping");
+            break;
+        case 4:
+            for (uint64_t i = 0; i < n; i++)
+                must_be(0, w->map + (page + i) * WORDS, page + i, "run");
+            break;
+        default:
+            must_be(0, w->map + page * WORDS, page, "mapping");
+        }
+    }
+    return NULL;
+}
+
+static void at_random(const char *path, uint64_t ops, unsigned threads, uint64_t seed, bool transfers)
+{
+    int fd = open(path, O_RDONLY);
+    MUST(fd >= 0);
+    uint64_t pages = pages_of(fd);
+    const uint64_t *map = mmap(NULL, pages * PAGE, PROT_READ, MAP_SHARED, fd, 0);
+    const uint64_t *private = mmap(NULL, pages * PAGE, PROT_READ, MAP_PRIVATE, fd, 0);
+    struct worker *w = calloc(threads, sizeof *w);
+    MUST(w && map != MAP_FAILED && private != MAP_FAILED);
+    for (unsigned i = 0; i < threads; i++) {
+        w[i] = (struct worker){.map = map, .private = private, .fd = fd, .pages = pages, .ops = ops / threads};
+        w[i].random = mix(seed * 1000 + i);
+        w[i].transfers = transfers;
+        MUST(!pthread_create(&w[i].thread, NULL, work, &w[i]));
+    }
+    for (unsigned i = 0; i < threads; i++)
+        MUST(!pthread_join(w[i].thread, NULL));
+}
+
+static uint64_t number(const char *text)
+{
+    return strtoull(text, NULL, 0);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc >= 4 && !strcmp(argv[1], "make"))
+        make(argv[2], number(argv[3]), argc > 4 ? number(argv[4]) : 0);
+    else if (argc == 3 && !strcmp(argv[1], "check"))
+        check(argv[2]);
+    else if (argc == 3 && !strcmp(argv[1], "walk"))
+        walk(argv[2]);
+    else if (argc == 6 && (!strcmp(argv[1], "random") || !strcmp(argv[1], "transfers")))
+        at_random(argv[2], number(argv[3]), (unsigned)number(argv[4]), number(argv[5]), !strcmp(argv[1], "transfers"));
+    else
+        return 2;
+    return 0;
+}
