@@ -409,6 +409,39 @@ int frame_pinned_get(const void *p, size_t len, uint32_t *request, uint32_t *pin
     return get_end(&r);
 }
 
+void frame_extents_head(uint8_t *to, uint32_t request, uint8_t all, uint32_t count)
+{
+    put_u32(to, request);
+    to[4] = all;
+    put_u32(to + 5, count);
+}
+
+void frame_extent(const struct frame_extents *e, uint32_t i, uint64_t *from, uint64_t *to)
+{
+    *from = get_u64(e->at + 16 * (size_t)i);
+    *to = *from + get_u64(e->at + 16 * (size_t)i + 8);
+}
+
+int frame_extents_get(const void *p, size_t len, struct frame_extents *e)
+{
+    const uint8_t *bytes = p;
+    if (len < FRAME_EXTENTS_HEAD)
+        return -EPROTO;
+    *e = (struct frame_extents){.request = get_u32(bytes), .all = bytes[4], .count = get_u32(bytes + 5)};
+    e->at = bytes + FRAME_EXTENTS_HEAD;
+    if (e->all > 1 || e->count > FRAME_EXTENTS_MAX || (e->all && e->count) ||
+        len != FRAME_EXTENTS_HEAD + 16 * (size_t)e->count)
+        return -EPROTO;
+    const uint64_t most = (uint64_t)INT64_MAX / FRAME_PAGE + 1;
+    for (uint64_t i = 0, behind = 0; i < e->count; i++) {
+        uint64_t page = get_u64(e->at + 16 * i), pages = get_u64(e->at + 16 * i + 8);
+        if (page < behind || !pages || page > most || pages > most - page)
+            return -EPROTO;
+        behind = page + pages;
+    }
+    return 0;
+}
+
 size_t frame_hash_put(void *to, size_t cap, const struct frame_hash *h)
 {
     struct wr w = wr_over(to, cap);

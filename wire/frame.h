@@ -70,6 +70,9 @@ enum frame_type {
 
     FRAME_JOIN,     /* id token: first on a further socket of a connection, instead of HELLO */
     FRAME_PACKED,   /* u32 length, an LZ4 block: unpacked, `length` bytes of a PAGES payload */
+
+    FRAME_CHANGED,  /* u32 request, u32 pin, u32 pin of a later epoch of the same region */
+    FRAME_EXTENTS,  /* struct frame_extents */
     FRAME_TYPES
 };
 
@@ -310,6 +313,20 @@ struct frame_hash {
     uint8_t level; /* below FRAME_HASH_LEVELS */
     uint8_t fresh; /* read the bytes again: do not trust hashes kept from before */
 };
+/* The answer to CHANGED: pages that may differ between two epochs, in rising order, FRAME_EXTENTS_MAX stretches at most (more are told as fewer, longer ones).
+ * What lies behind the end of the shorter of the two is not told. `all`: it is not known, anything may; count is then 0. */
+#define FRAME_EXTENTS_MAX 3800u
+#define FRAME_EXTENTS_HEAD 9u
+struct frame_extents {
+    uint32_t request, count;
+    uint8_t all;
+    const uint8_t *at; /* count times u64 page, u64 pages: frame_extent */
+};
+/* Writes the FRAME_EXTENTS_HEAD bytes before the stretches. */
+void frame_extents_head(uint8_t *to, uint32_t request, uint8_t all, uint32_t count);
+int frame_extents_get(const void *p, size_t len, struct frame_extents *e);
+void frame_extent(const struct frame_extents *e, uint32_t i, uint64_t *from, uint64_t *to);
+
 size_t frame_hash_put(void *to, size_t cap, const struct frame_hash *h);
 int frame_hash_get(const void *p, size_t len, struct frame_hash *h);
 

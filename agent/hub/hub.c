@@ -178,6 +178,7 @@ static const struct store_ops ops = {
     .ask_list = hub_ask_list,
     .ask_pin = hub_ask_pin,
     .pin_live = hub_pin_live,
+    .pin_changed = hub_pin_changed,
     .pin_read = hub_pin_read,
     .pin_hash = hub_pin_hash,
     .pin_extents = hub_pin_extents,

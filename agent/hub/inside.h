@@ -339,6 +339,8 @@ int hub_ask_list(struct store *s, store_each *each, void (*done)(void *arg, int 
 int hub_ask_pin(struct store *s, const char *name, struct store_pin **pin, struct frame_entry *e, store_pin_done *done,
                 void *arg);
 int hub_pin_live(struct store_pin *pin, const struct id *owner);
+int hub_pin_changed(struct store_pin *pin, struct store_pin *later,
+                    void (*done)(void *arg, int err, struct buf *data), void *arg);
 void hub_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, uint32_t room,
                   void (*done)(void *arg, int err, struct buf *data), void *arg);
 void hub_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,

@@ -321,6 +321,17 @@ void hub_pin_hash(struct store_pin *store_pin, unsigned level, uint64_t first, u
 
 /* Its reads go to one replica, and which one has the last epoch is known only while it is up: a writer's pages could not
  * be asked for any more when it goes. */
+/* The replicas that the two were made at need not be the same. */
+int hub_pin_changed(struct store_pin *pin, struct store_pin *later,
+                    void (*done)(void *arg, int err, struct buf *data), void *arg)
+{
+    (void)pin;
+    (void)later;
+    (void)done;
+    (void)arg;
+    return -EOPNOTSUPP;
+}
+
 int hub_pin_live(struct store_pin *pin, const struct id *owner)
 {
     (void)pin;

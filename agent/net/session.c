@@ -266,6 +266,7 @@ static void on_frame(void *owner, uint32_t stream, uint8_t type, struct buf *p)
     case FRAME_PIN:
     case FRAME_READ:
     case FRAME_HASH:
+    case FRAME_CHANGED:
     case FRAME_UNPIN:
     case FRAME_REMOVE:
         session_request_frame(s, stream, type, p);

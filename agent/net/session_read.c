@@ -1,4 +1,4 @@
-/* What a session is asked besides epochs: LIST, PIN, READ, HASH, UNPIN, REMOVE. Every request has one answer, FAILED at
+/* What a session is asked besides epochs: LIST, PIN, READ, HASH, CHANGED, UNPIN, REMOVE. Every request has one answer, FAILED at
  * worst, and at most SESSION_REQUESTS are under way. READ goes on in session_data.c. */
 #include "agent/net/server_private.h"
 
@@ -200,6 +200,54 @@ static void on_hashes(void *arg, int err, struct buf *data)
     session_request_free(r);
 }
 
+static void changed_answer(struct request *r, int err, struct buf *data)
+{
+    struct session *s = r->session;
+    struct buf *b = data;
+    if (err == -EOPNOTSUPP && (b = buf_new(FRAME_EXTENTS_HEAD))) {
+        b->len = FRAME_EXTENTS_HEAD;
+        frame_extents_head(b->data, 0, true, 0);
+    }
+    if (s && r->stream && b) {
+        put_u32(b->data, r->number);
+        conn_send(s->conn, r->stream, FRAME_EXTENTS, b);
+    } else if (s && err) {
+        if (err == -ESTALE)
+            session_refuse(s, r->stream, r->number, -EEXIST, "the pins are not of one region, the later one second");
+        else
+            session_refuse(s, r->stream, r->number, err, NULL);
+        buf_drop(b);
+    } else {
+        buf_drop(b);
+    }
+    session_request_free(r);
+}
+
+static void on_changed(void *arg, int err, struct buf *data)
+{
+    changed_answer(arg, err, data);
+}
+
+static void request_changed(struct session *s, uint32_t stream, const struct buf *payload)
+{
+    struct rd rd = rd_over(payload->data, payload->len);
+    uint32_t number = rd_u32(&rd), pins[2] = {rd_u32(&rd), rd_u32(&rd)};
+    if (rd.bad || rd_left(&rd)) {
+        session_violated(s, "a CHANGED out of form");
+        return;
+    }
+    struct pin **old = pins[0] ? session_pin_slot(s, pins[0]) : NULL;
+    struct pin **later = pins[1] ? session_pin_slot(s, pins[1]) : NULL;
+    if (!old || !later) {
+        session_refuse(s, stream, number, -ENOENT, "no such pin");
+        return;
+    }
+    struct request *r = session_request_new(s, stream, number, *old);
+    int rc = r ? store_pin_changed((*old)->of->pin, (*later)->of->pin, on_changed, r) : 0;
+    if (rc)
+        changed_answer(r, rc, NULL);
+}
+
 static void on_removed(void *arg, int err, const char *text)
 {
     struct request *r = arg;
@@ -257,6 +305,10 @@ void session_request_frame(struct session *s, uint32_t stream, uint8_t type, str
     struct rd rd = rd_over(payload->data, payload->len);
     if (type == FRAME_HASH) {
         request_hash(s, stream, payload);
+        return;
+    }
+    if (type == FRAME_CHANGED) {
+        request_changed(s, stream, payload);
         return;
     }
     if (type == FRAME_READ) {

@@ -280,6 +280,8 @@ int volume_txn_add(struct store_txn *t, uint8_t type, struct buf *payload, char 
 void volume_txn_commit(struct store_txn *t, void (*durable)(void *arg, int err, const char *text), void *arg);
 void volume_txn_abort(struct store_txn *t);
 int volume_pin_live(struct store_pin *pin, const struct id *owner);
+int volume_pin_changed(struct store_pin *pin, struct store_pin *later,
+                       void (*done)(void *arg, int err, struct buf *data), void *arg);
 void volume_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, uint32_t room,
                      void (*done)(void *arg, int err, struct buf *data), void *arg);
 void volume_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,

@@ -23,7 +23,7 @@ struct pin_read {
     struct pin_read *next;
     uint64_t offset, barrier;
     uint32_t len, room;
-    bool hash, extents, whole; /* whole: nothing is left to do */
+    bool hash, extents, changed, whole; /* whole: nothing is left to do */
     struct tree_read tree;
     int err;
     struct buf *data;
@@ -198,7 +198,7 @@ static void read_at_once(struct pin_read *q)
     struct store_pin *pin = q->pin;
     struct region *r = pin->r;
     read_clip(q);
-    if (q->hash || q->extents || q->len > AT_ONCE || pthread_rwlock_tryrdlock(&r->lock))
+    if (q->hash || q->extents || q->changed || q->len > AT_ONCE || pthread_rwlock_tryrdlock(&r->lock))
         return;
     int flags = pin->s->volume->ops->lasting && !r->in_memory ? RWF_NOWAIT : 0;
     q->data = r->fd >= 0 && !pin->lost ? buf_new((size_t)q->room + q->len) : NULL;
@@ -208,6 +208,49 @@ static void read_at_once(struct pin_read *q)
         q->data->len = q->room + q->len;
 }
 
+/* The stretches of saved pages up to `end`, taken together over gaps of up to `gap` pages; into `to`, unless that is NULL. */
+static uint32_t stretches(const struct store_pin *pin, uint64_t end, uint64_t gap, uint8_t *to)
+{
+    uint32_t n = 0;
+    for (uint64_t page = 0, from = 0, behind = 0; page <= end; page++) {
+        bool on = page < end && pin_saved(pin, page);
+        if (on && (!behind || page - behind > gap)) {
+            from = page;
+            n++;
+        }
+        behind = on ? page + 1 : behind;
+        if (on && to) {
+            put_u64(to + 16 * (size_t)(n - 1), from);
+            put_u64(to + 16 * (size_t)(n - 1) + 8, behind - from);
+        }
+        if (!on && page % 64 == 0 && page + 64 <= end && pin->saved && !get_u64(pin->saved + page / 8))
+            page += 63;
+    }
+    return n;
+}
+
+/* What was saved of a pin is what has changed since. `offset`: the pages that matter. */
+static int changed_since(struct pin_read *q)
+{
+    struct store_pin *pin = q->pin;
+    pthread_rwlock_rdlock(&pin->r->lock);
+    bool all = pin->lost || pin->live;
+    uint64_t end = q->offset, gap = 0;
+    uint32_t n = all || !pin->saved ? 0 : stretches(pin, end, 0, NULL);
+    for (gap = 1; n > FRAME_EXTENTS_MAX; gap *= 2)
+        n = stretches(pin, end, gap, NULL);
+    gap = gap == 1 ? 0 : gap / 2;
+    q->data = buf_new(FRAME_EXTENTS_HEAD + 16 * (size_t)n);
+    if (q->data) {
+        q->data->len = (uint32_t)(FRAME_EXTENTS_HEAD + 16 * (size_t)n);
+        frame_extents_head(q->data->data, 0, all, n);
+        if (n)
+            stretches(pin, end, gap, q->data->data + FRAME_EXTENTS_HEAD);
+    }
+    pthread_rwlock_unlock(&pin->r->lock);
+    return q->data ? 0 : -ENOMEM;
+}
+
 static void read_work(void *arg)
 {
     struct pin_read *q = arg;
@@ -215,6 +258,11 @@ static void read_work(void *arg)
     read_clip(q);
     if (q->hash && __atomic_load_n(&pin->dropped, __ATOMIC_RELAXED))
         q->err = -ECANCELED;
+    if (q->changed) {
+        q->whole = true;
+        q->err = changed_since(q);
+        return;
+    }
     if (!q->data)
         q->data = buf_new(q->hash      ? (size_t)q->tree.count * HASH_BYTES
                           : q->extents ? STORE_EXTENTS * sizeof(struct store_extent)
@@ -366,6 +414,19 @@ void volume_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint
     q->hash = true;
     tree_read_init(&q->tree, pin, level, first, count, fresh);
     read_add(q);
+}
+
+int volume_pin_changed(struct store_pin *pin, struct store_pin *later,
+                       void (*done)(void *arg, int err, struct buf *data), void *arg)
+{
+    if (pin->r != later->r || later->barrier < pin->barrier)
+        return -ESTALE;
+    struct pin_read *q = read_new(pin, done, arg);
+    q->changed = true;
+    q->barrier = later->barrier; /* all that was overwritten until then has been saved */
+    q->offset = pages_of(pin->size < later->size ? pin->size : later->size);
+    read_add(q);
+    return 0;
 }
 
 int store_pin(struct store *s, const char *name, struct store_pin **out, struct frame_entry *e)

@@ -124,6 +124,13 @@ int store_pin_extents(struct store_pin *pin, uint64_t offset, uint32_t len,
     return ops_behind(pin)->pin_extents(pin, offset, len, done, arg);
 }
 
+int store_pin_changed(struct store_pin *pin, struct store_pin *later,
+                      void (*done)(void *arg, int err, struct buf *data), void *arg)
+{
+    assert(done && ops_behind(pin) == ops_behind(later));
+    return ops_behind(pin)->pin_changed(pin, later, done, arg);
+}
+
 void store_unpin(struct store_pin *pin)
 {
     ops_behind(pin)->unpin(pin);

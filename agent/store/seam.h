@@ -36,6 +36,8 @@ struct store_ops {
                      void (*done)(void *arg, int err, struct buf *data), void *arg);
     int (*pin_extents)(struct store_pin *pin, uint64_t offset, uint32_t len,
                        void (*done)(void *arg, int err, struct buf *extents), void *arg);
+    int (*pin_changed)(struct store_pin *pin, struct store_pin *later,
+                       void (*done)(void *arg, int err, struct buf *data), void *arg);
     void (*unpin)(struct store_pin *pin);
     void (*remove)(struct store *s, const char *name, const struct id *identity, bool force,
                    void (*done)(void *arg, int err, const char *text), void *arg);

@@ -287,6 +287,7 @@ const struct store_ops volume_store_ops = {
     .ask_list = volume_ask_list,
     .ask_pin = volume_ask_pin,
     .pin_live = volume_pin_live,
+    .pin_changed = volume_pin_changed,
     .pin_read = volume_pin_read,
     .pin_hash = volume_pin_hash,
     .pin_extents = volume_pin_extents,

@@ -109,6 +109,9 @@ struct store_extent {
     bool hole;
 };
 int store_pin_extents(struct store_pin *pin, uint64_t offset, uint32_t len, void (*done)(void *arg, int err, struct buf *extents), void *arg);
+/* Which pages differ between two pins of one region, the second of a later epoch: done(arg, 0, an EXTENTS payload whose request is 0). -ESTALE, and no done:
+ * they are not of one region; -EOPNOTSUPP: this store cannot tell. */
+int store_pin_changed(struct store_pin *pin, struct store_pin *later, void (*done)(void *arg, int err, struct buf *data), void *arg);
 void store_unpin(struct store_pin *pin);
 
 /* Removes a region, its lease too. Refused with -EBUSY while another than `identity` holds the lease, unless forced. */

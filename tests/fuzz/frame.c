@@ -118,6 +118,21 @@ static void packed(const uint8_t *p, size_t len)
     free(to);
 }
 
+static int64_t extents(const uint8_t *p, size_t len)
+{
+    struct frame_extents e;
+    if (frame_extents_get(p, len, &e))
+        return -1;
+    frame_extents_head(again, e.request, e.all, e.count);
+    for (uint64_t i = 0, behind = 0, from, to; i < e.count; i++, behind = to) {
+        frame_extent(&e, (uint32_t)i, &from, &to);
+        MUST(behind <= from && from < to, "stretch %llu to %llu", (unsigned long long)from, (unsigned long long)to);
+        put_u64(again + FRAME_EXTENTS_HEAD + 16 * i, from);
+        put_u64(again + FRAME_EXTENTS_HEAD + 16 * i + 8, to - from);
+    }
+    return FRAME_EXTENTS_HEAD + 16 * (int64_t)e.count;
+}
+
 static int64_t message(uint8_t type, const uint8_t *p, size_t len)
 {
     switch (type) {
@@ -144,6 +159,8 @@ static int64_t message(uint8_t type, const uint8_t *p, size_t len)
         return pinned(p, len);
     case FRAME_HASH:
         return THERE_AND_BACK(hash);
+    case FRAME_EXTENTS:
+        return extents(p, len);
     case FRAME_PACKED:
         packed(p, len);
         return -1;

@@ -696,6 +696,42 @@ static void test_codes(void **state)
     assert_int_equal(frame_code_errno(FRAME_E_FENCED), -ESTALE);
 }
 
+static void test_extents(void **state)
+{
+    (void)state;
+    static uint8_t p[FRAME_EXTENTS_HEAD + 16 * (FRAME_EXTENTS_MAX + 1)];
+    struct frame_extents e;
+    uint64_t from, to;
+    for (uint64_t i = 0; i <= FRAME_EXTENTS_MAX; i++) {
+        put_u64(p + FRAME_EXTENTS_HEAD + 16 * i, 3 * i);
+        put_u64(p + FRAME_EXTENTS_HEAD + 16 * i + 8, 1 + i % 3);
+    }
+    frame_extents_head(p, 7, false, FRAME_EXTENTS_MAX);
+    const size_t len = sizeof p - 16;
+    assert_int_equal(frame_extents_get(p, len, &e), 0);
+    assert_true(e.request == 7 && !e.all && e.count == FRAME_EXTENTS_MAX);
+    frame_extent(&e, 4, &from, &to);
+    assert_true(from == 12 && to == 14);
+    assert_true(len <= FRAME_PAYLOAD_MAX);
+    assert_int_equal(frame_extents_get(p, len - 1, &e), -EPROTO);
+    assert_int_equal(frame_extents_get(p, FRAME_EXTENTS_HEAD - 1, &e), -EPROTO);
+    frame_extents_head(p, 7, false, FRAME_EXTENTS_MAX + 1);
+    assert_int_equal(frame_extents_get(p, sizeof p, &e), -EPROTO);
+    frame_extents_head(p, 7, true, 1);
+    assert_int_equal(frame_extents_get(p, FRAME_EXTENTS_HEAD + 16, &e), -EPROTO);
+    frame_extents_head(p, 7, 2, 0);
+    assert_int_equal(frame_extents_get(p, FRAME_EXTENTS_HEAD, &e), -EPROTO);
+    frame_extents_head(p, 7, true, 0);
+    assert_int_equal(frame_extents_get(p, FRAME_EXTENTS_HEAD, &e), 0);
+    static const uint64_t bad[][4] = {{5, 0, 0, 0}, {5, 3, 7, 1}, {1ULL << 51, 1, 0, 0}, {2, UINT64_MAX, 0, 0}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        frame_extents_head(p, 7, false, bad[i][2] ? 2 : 1);
+        for (size_t w = 0; w < 4; w++)
+            put_u64(p + FRAME_EXTENTS_HEAD + 8 * w, bad[i][w]);
+        assert_int_equal(frame_extents_get(p, FRAME_EXTENTS_HEAD + (bad[i][2] ? 32 : 16), &e), -EPROTO);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -707,7 +743,7 @@ int main(void)
         cmocka_unit_test(test_random_streams), cmocka_unit_test(test_pages),
         cmocka_unit_test(test_pages_refused),  cmocka_unit_test(test_deltas),
         cmocka_unit_test(test_copies),         cmocka_unit_test(test_pages_damage),
-        cmocka_unit_test(test_codes),
+        cmocka_unit_test(test_codes),          cmocka_unit_test(test_extents),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -695,6 +695,69 @@ static void pins_keep_their_epoch(void **state)
     expect_failed(b, 9, request_no, FRAME_E_NOT_FOUND);
 }
 
+static void ask_changed(struct client *c, uint32_t pin, uint32_t later)
+{
+    uint8_t p[12];
+    put_u32(p, ++request_no);
+    put_u32(p + 4, pin);
+    put_u32(p + 8, later);
+    send_bytes(c, 9, FRAME_CHANGED, p, sizeof p);
+}
+
+static void expect_extent(struct client *c, uint64_t page, uint64_t pages)
+{
+    struct buf *b = expect(c, 9, FRAME_EXTENTS);
+    struct frame_extents e;
+    uint64_t from = 0, to = 0;
+    assert_int_equal(frame_extents_get(b->data, b->len, &e), 0);
+    assert_int_equal(e.request, request_no);
+    assert_false(e.all);
+    assert_int_equal(e.count, pages != 0);
+    if (pages)
+        frame_extent(&e, 0, &from, &to);
+    assert_true(!pages || (from == page && to == page + pages));
+}
+
+static void changes_between_pins(void **state)
+{
+    (void)state;
+    struct client *a = client("a"), *b = client("b");
+    uint64_t fence = created(a, 1, "x", 1, 0);
+    uint32_t one = pin(b, "x", NULL);
+    begin(a, 2, 2);
+    region(a, 2, 1, 2, fence, 65536);
+    pages(a, 2, 1, 8192, 12288, 5);
+    end(a, 2, 2, 2);
+    expect_seq(a, 2, FRAME_RECEIVED, 2);
+    expect_seq(a, 2, FRAME_DURABLE, 2);
+    uint32_t two = pin(b, "x", NULL);
+    ask_changed(b, one, two);
+    expect_extent(b, 2, 3);
+    ask_changed(b, two, two);
+    expect_extent(b, 0, 0);
+    ask_changed(b, two, one);
+    expect_failed(b, 9, request_no, FRAME_E_LINEAGE);
+    ask_changed(b, one, 77);
+    expect_failed(b, 9, request_no, FRAME_E_NOT_FOUND);
+    created(a, 3, "y", 3, 0);
+    ask_changed(b, one, pin(b, "y", NULL));
+    expect_failed(b, 9, request_no, FRAME_E_LINEAGE);
+}
+
+/* A hub cannot tell: anything may have changed. */
+static void a_hub_tells_no_changes(void **state)
+{
+    (void)state;
+    struct client *a = client("a");
+    struct frame_extents e;
+    created(a, 1, "x", 1, 0);
+    uint32_t one = pin(a, "x", NULL);
+    ask_changed(a, one, pin(a, "x", NULL));
+    struct buf *b = expect(a, 9, FRAME_EXTENTS);
+    assert_int_equal(frame_extents_get(b->data, b->len, &e), 0);
+    assert_true(e.all && !e.count);
+}
+
 /* One READ of much: DATA in order, zeros as one frame however many, the last one said to be. */
 static void long_reads(void **state)
 {
@@ -1265,6 +1328,7 @@ int main(void)
         ALL(pins_keep_their_epoch),
         ALL(long_reads),
         ALL(pins_with_head),
+        ON(changes_between_pins, "mem:"), ON(changes_between_pins, "file:"), ON(a_hub_tells_no_changes, "hub:"),
         ON(live_pins, "mem:"), ON(live_pins, "file:"), ON(no_live_pins_of_a_hub, "hub:"),
         ALL(pins_outlive_their_connection),
         ALL(pins_are_bounded),

@@ -53,6 +53,90 @@ static void expect_pinned(struct kit *k, struct store_pin *pin, uint64_t from, u
     buf_drop(b);
 }
 
+struct changes {
+    struct kit *k;
+    int err;
+    bool done;
+    struct buf *data;
+};
+
+static void on_told(void *arg, int err, struct buf *data)
+{
+    struct changes *t = arg;
+    t->err = err;
+    t->data = data;
+    t->done = true;
+}
+
+/* What differs between two pins is exactly that, as "FROM-TO ..." */
+static void expect_changed(struct kit *k, struct store_pin *pin, struct store_pin *later, const char *expected)
+{
+    struct changes t = {.k = k};
+    char text[4096] = "";
+    struct frame_extents e;
+    assert_int_equal(store_pin_changed(pin, later, on_told, &t), 0);
+    while (!t.done)
+        uv_run(&k->loop, UV_RUN_ONCE);
+    assert_int_equal(t.err, 0);
+    assert_int_equal(frame_extents_get(t.data->data, t.data->len, &e), 0);
+    if (e.all)
+        strcpy(text, "all ");
+    for (uint32_t i = 0; i < e.count; i++) {
+        uint64_t from, to;
+        frame_extent(&e, i, &from, &to);
+        if (strlen(text) < sizeof text - 64)
+            snprintf(text + strlen(text), 64, "%llu-%llu ", (unsigned long long)from, (unsigned long long)to);
+    }
+    assert_string_equal(text, expected);
+    buf_drop(t.data);
+}
+
+static void tells_changes(void **state)
+{
+    struct kit *k = *state;
+    assert_int_equal(kit_write(k, 0, 1, 100000, 'a'), 0);
+    struct store_pin *one = pin_it(k, 1, 100000), *same = pin_it(k, 1, 100000);
+    expect_changed(k, one, same, "");
+    struct store_txn *t = kit_txn(k);
+    assert_int_equal(kit_region(k, t, 0, 2, UINT64_MAX, 100000), 0);
+    assert_int_equal(kit_pages(k, t, 0, 5000, 20000, 'b'), 0); /* pages 1 to 6 */
+    assert_int_equal(kit_pages(k, t, 0, 61440, 4096, 0), 0);   /* page 15 */
+    assert_int_equal(kit_commit(k, t), 0);
+    struct store_pin *two = pin_it(k, 2, 100000);
+    expect_changed(k, one, two, "1-7 15-16 ");
+    assert_int_equal(store_pin_changed(two, one, on_told, NULL), -ESTALE);
+    t = kit_txn(k);
+    assert_int_equal(kit_region(k, t, 0, 3, 30000, 50000), 0); /* cut within page 7, and longer again */
+    assert_int_equal(kit_commit(k, t), 0);
+    struct store_pin *three = pin_it(k, 3, 50000);
+    expect_changed(k, two, three, "7-13 ");
+    expect_changed(k, one, three, "1-13 ");
+    store_unpin(one);
+    store_unpin(same);
+    store_unpin(two);
+    store_unpin(three);
+}
+
+/* More stretches than one answer holds are told as fewer; none of them is forgotten. */
+static void tells_many_changes(void **state)
+{
+    struct kit *k = *state;
+    uint64_t size = 20000 * FRAME_PAGE;
+    k->s->limits.pin_budget = 64u << 20;
+    assert_int_equal(kit_write(k, 0, 1, size, 'a'), 0);
+    struct store_pin *one = pin_it(k, 1, size);
+    struct store_txn *t = kit_txn(k);
+    assert_int_equal(kit_region(k, t, 0, 2, UINT64_MAX, size), 0);
+    for (uint64_t page = 0; page < 20000; page += 4)
+        assert_int_equal(kit_pages(k, t, 0, page * FRAME_PAGE, 100, 'b'), 0);
+    assert_int_equal(kit_pages(k, t, 0, 9 * FRAME_PAGE, 100, 'b'), 0);
+    assert_int_equal(kit_commit(k, t), 0);
+    struct store_pin *two = pin_it(k, 2, size);
+    expect_changed(k, one, two, "0-19997 ");
+    store_unpin(one);
+    store_unpin(two);
+}
+
 static void survives_changes(void **state)
 {
     struct kit *k = *state;
@@ -515,6 +599,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         BOTH(survives_changes),
+        BOTH(tells_changes),
+        BOTH(tells_many_changes),
         BOTH(survives_truncation_and_removal),
         BOTH(pins_in_a_row_of_epochs),
         BOTH(beyond_the_budget_says_so),
