@@ -334,14 +334,22 @@ static int unlinked(struct mount *m, const struct control_terms *terms)
 
 int mirror_remove(const struct rule *rule, const char *path)
 {
-    int fd = view_open_region(rule, path, O_RDWR | O_CLOEXEC), saved;
+    int fd = view_open_region(rule, path, O_RDWR | O_CLOEXEC);
     if (fd < 0)
         return -1;
     struct open_file *f = view_of(fd);
     struct mount *m = f ? view_mount(f) : NULL;
-    int rc = m ? unlinked(m, &rule->terms) : -1;
-    saved = errno;
+    int rc = m ? 0 : -EIO;
+    /* Who has it open keeps the pages, and nobody can be asked for them afterwards. Two opens are this one and the
+     * region. */
+    if (m && (m->opens > 2 || ranges_of(&view_maps, (uint32_t)(m - view_mounts))))
+        rc = view_need(m, 0, view_size(m));
+    if (rc)
+        errno = -rc;
+    else
+        rc = unlinked(m, &rule->terms);
+    int saved = errno;
     close(fd);
     errno = saved;
-    return rc;
+    return rc ? -1 : 0;
 }

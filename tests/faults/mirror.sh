@@ -176,7 +176,7 @@ second_writer)
     round 2
     ended 2
     # Now that the first is gone, and its lease.
-    stop_local
+    memsync stop >"$T/stop.out" 2>&1 || fail "stop: $(cat "$T/stop.out")"
     opens() { other -- dd if=/dev/zero of="$far" bs=10 count=1 conv=notrunc status=none 2>"$T/refused"; }
     poll 30 opens || fail "the lease is not given back: $(cat "$T/refused")"
     dd if=/dev/zero of="$T/model" bs=10 count=1 conv=notrunc status=none
@@ -205,11 +205,14 @@ taken) # fenced: somebody took it by force while the link was away
 writer_after_writer) # one after the other, by different agents: each sees what the last has left
     setup
     cp "$T/first" "$T/model"
+    opens() { mirror XDG_STATE_HOME="$T/state$((i % 2))" -- truncate -s +0 "$far" >"$T/got.err" 2>&1; }
     for ((i = 0; i < 4; i++)); do
-        SOCKET=$T/agent$((i % 2)).sock mirror XDG_STATE_HOME="$T/state$((i % 2))" -- "$program" calls "$far" >"$T/got" 2>"$T/got.err"
+        SOCKET=$T/agent$((i % 2)).sock
+        poll 30 opens || fail "the lease does not end: $(cat "$T/got.err")"
+        mirror XDG_STATE_HOME="$T/state$((i % 2))" -- "$program" calls "$far" >"$T/got" 2>"$T/got.err"
         "$program" calls "$T/model" >"$T/expected"
         cmp "$T/expected" "$T/got" >&2 || fail "round $i says otherwise: $(cat "$T/got.err")"
-        SOCKET=$T/agent$((i % 2)).sock memsync stop >"$T/stop.out" 2>&1 || fail "stop: $(cat "$T/stop.out")"
+        memsync stop >"$T/stop.out" 2>&1 || fail "stop: $(cat "$T/stop.out")"
         poll 30 is_model || fail "round $i has left something else"
     done
     ;;
