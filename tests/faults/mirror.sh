@@ -47,9 +47,9 @@ export_to() { memsync export "$name" "$1" >"$T/export.out" 2>&1; }
 is_model() { export_to "$T/exported" && cmp -s "$T/model" "$T/exported"; }
 ended() { # ROUNDS
     local code=0
-    exec {IN}>&-
-    kill "$PROGRAM" 2>/dev/null || true # it reads from a pipe that we hold open
+    say q >&"$IN"
     wait "$PROGRAM" || code=$?
+    [ "$code" = 0 ] || fail "the program ended with $code: $(cat "$T/rounds.err")"
     model "$1"
     poll 30 is_model || fail "the region is not what $1 rounds make of it: $(cmp "$T/model" "$T/exported" 2>&1 || true) $(cat "$T/export.out")"
 }

@@ -527,7 +527,7 @@ static void stores(const char *path)
         pause();
 }
 
-/* Stores and syncs for each line of the input: says the round when it is done. */
+/* Stores and syncs for each line of the input: says the round when it is done. "q" ends it. */
 static void rounds(const char *path)
 {
     char line[20];
@@ -536,7 +536,7 @@ static void rounds(const char *path)
     char *map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     printf("ready\n");
     fflush(stdout);
-    for (unsigned n = 1; fgets(line, sizeof line, stdin); n++) {
+    for (unsigned n = 1; fgets(line, sizeof line, stdin) && line[0] != 'q'; n++) {
         for (size_t page = n % 7; page < size / PAGE; page += 7)
             fill(map + page * PAGE + n % 4000, 20, n);
         char block[6000];
