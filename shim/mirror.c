@@ -339,11 +339,12 @@ int mirror_remove(const struct rule *rule, const char *path)
         return -1;
     struct open_file *f = view_of(fd);
     struct mount *m = f ? view_mount(f) : NULL;
+    uint64_t since;
     int rc = m ? 0 : -EIO;
     /* Who has it open keeps the pages, and nobody can be asked for them afterwards. Two opens are this one and the
      * region. */
     if (m && (m->opens > 2 || ranges_of(&view_maps, (uint32_t)(m - view_mounts))))
-        rc = view_need(m, 0, view_size(m));
+        rc = view_need(m, 0, view_size(m), &since);
     if (rc)
         errno = -rc;
     else
