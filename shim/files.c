@@ -84,7 +84,7 @@ static bool path_of(int fd, char path[CONTROL_PATH])
 {
     char link[32];
     say_format(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t n = readlink(link, path, CONTROL_PATH - 1);
+    ssize_t n = raw_readlink(AT_FDCWD, link, path, CONTROL_PATH - 1);
     if (n <= 0 || n >= CONTROL_PATH - 1 || path[0] != '/')
         return false;
     path[n] = 0;

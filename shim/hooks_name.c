@@ -39,7 +39,7 @@ static bool absolute(int dir, const char *path, char to[CONTROL_PATH], char pare
         return false;
     char link[32];
     say_format(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t len = readlink(link, to, CONTROL_PATH - 1);
+    ssize_t len = raw_readlink(AT_FDCWD, link, to, CONTROL_PATH - 1);
     raw_close(fd);
     if (len <= 0 || to[0] != '/' || (size_t)len + strlen(base) + 2 > CONTROL_PATH)
         return false;

@@ -181,7 +181,7 @@ static void drop_unbuilt_rules(void)
 static bool program_chosen(void)
 {
     char path[CONTROL_PATH] = "";
-    ssize_t n = readlink("/proc/self/exe", path, sizeof path - 1);
+    ssize_t n = raw_readlink(AT_FDCWD, "/proc/self/exe", path, sizeof path - 1);
     if (n < 0)
         n = 0;
     path[n] = 0;

@@ -84,6 +84,11 @@ static inline int raw_access(const char *path, int how)
     return (int)syscall(SYS_faccessat, AT_FDCWD, path, how);
 }
 
+static inline ssize_t raw_readlink(int dir, const char *path, char *to, size_t cap)
+{
+    return syscall(SYS_readlinkat, dir, path, to, cap);
+}
+
 static inline pid_t raw_getpid(void)
 {
     return (pid_t)syscall(SYS_getpid);

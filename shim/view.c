@@ -157,12 +157,8 @@ static int opened(uint32_t n, int flags, const struct control_terms *terms)
     struct held h = shim_lock();
     bool eager = !arm_can_miss();
     shim_unlock(&h);
-    int rc = 0;
-    if (eager) {
-        uint64_t since;
-        say_once(SAY_WARN, "%s: %s; pulled regions are fetched whole before they open", m->path, arm_reason());
-        rc = view_need(m, 0, view_size(m), &since);
-    }
+    uint64_t since;
+    int rc = eager ? view_need(m, 0, view_size(m), &since) : 0; /* the agent says so to people */
     if (!rc && writes)
         rc = mirror_attach(n, terms);
     bool attached = writes && !rc;
@@ -404,7 +400,7 @@ static bool named_ours(int fd)
     static const char prefix[] = "/memfd:memsync:file";
     char link[32], name[64];
     say_format(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t n = readlink(link, name, sizeof name - 1);
+    ssize_t n = raw_readlink(AT_FDCWD, link, name, sizeof name - 1);
     return n >= (ssize_t)sizeof prefix - 1 && !memcmp(name, prefix, sizeof prefix - 1);
 }
 

@@ -14,11 +14,6 @@ static const char *base_of(const char *path)
     return !*base || !strcmp(base, ".") || !strcmp(base, "..") ? NULL : base;
 }
 
-static long read_link(int dir, const char *path, char *to, size_t cap)
-{
-    return syscall(SYS_readlinkat, dir, path, to, cap);
-}
-
 /* /proc/self/fd/N and its like, when N is the descriptor of a view: -1 for none. */
 static int descriptor_of(const char *base, const char *target)
 {
@@ -34,7 +29,7 @@ static int descriptor_of(const char *base, const char *target)
 static bool follow_links(struct view_path *p, int *dir)
 {
     for (int hop = 0; hop < HOPS; hop++) {
-        long n = read_link(*dir, p->path, p->link, sizeof p->link - 1);
+        ssize_t n = raw_readlink(*dir, p->path, p->link, sizeof p->link - 1);
         if (n < 0)
             return true;
         p->link[n] = 0;
@@ -68,7 +63,7 @@ static bool parent_of(struct view_path *p, int dir, size_t len)
         strcpy(p->other + there, there ? "" : ".");
     }
     say_format(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t n = readlink(link, p->link, sizeof p->link - 1);
+    ssize_t n = raw_readlink(AT_FDCWD, link, p->link, sizeof p->link - 1);
     raw_close(fd);
     if (n <= 0 || p->link[0] != '/' || (size_t)n + (len - there) + 2 > sizeof p->link)
         return false;
@@ -107,7 +102,7 @@ struct view_path *view_path_find(int dir, const char *path, bool follow)
         goto out;
     const char *base = base_of(path);
     /* Most paths are told apart here: no rule wants the name, and it is no symbolic link to another. */
-    if (!base || (!rules_may_match(&shim.rules, base) && (!follow || read_link(dir, path, one, 1) < 0)))
+    if (!base || (!rules_may_match(&shim.rules, base) && (!follow || raw_readlink(dir, path, one, 1) < 0)))
         goto out;
     p = raw_memory(sizeof *p);
     if (!p)

@@ -4,7 +4,7 @@
 # timeout: 120
 . "$(dirname "$0")/../lib.sh"
 
-cases=(sums tools stdio redirects stats python numpy buffers forks lmdb sqlite ripgrep git refused rules orders)
+cases=(sums tools stdio redirects stats paths waits python numpy buffers locked shared eager forks lmdb sqlite ripgrep git refused rules orders)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
 # There is no $W/far on this disk: what is opened below it is the remote's. The same files lie in $T/near.
@@ -106,6 +106,71 @@ stats)
     mtime=$(pull -- stat -c %Y "$far/1")
     [ $((mtime - $(date +%s))) -lt 100 ] && [ $(($(date +%s) - mtime)) -lt 100 ] || fail "the time of last change is $mtime"
     ;;
+paths)
+    both "$BUILD/tests/programs/pulled" paths FAR/100001
+    both /usr/bin/python3 -c 'import os; print(os.path.realpath("FAR/1"), os.listxattr("FAR/1"), os.readlink("/proc/self/fd/%d" % os.open("FAR/1", 0)))'
+    both realpath -m FAR/1
+    both readlink FAR/1
+    pull -- ls -l "$far/1" "$far/100001" >"$T/got" 2>&1 || fail "ls -l: $(cat "$T/got")"
+    [ "$(wc -l <"$T/got")" = 2 ] && grep -q '^-r--r--r-- .* 100001 ' "$T/got" || fail "ls -l says: $(cat "$T/got")"
+    ;;
+waits)
+    both "$BUILD/tests/programs/pulled" waits FAR/lines
+    both bash -c 'while read -t 5 -r a; do [ "$a" = 300 ] && break; done <FAR/lines; echo $a'
+    both /usr/bin/python3 -c 'import select
+f = open("FAR/lines")
+print(select.select([f], [f], [f], 5) == ([f], [f], []))
+try:
+    select.epoll().register(f)
+except PermissionError as e:
+    print(e)'
+    ;;
+locked)
+    requires_root "to lock memory"
+    pull -- "$BUILD/tests/programs/pulled" locked "$far/20000000" "$near/20000000"
+    ;;
+shared) # programs that map one region: its bytes come once, from the moment it is opened
+    pipes opened
+    pull -- /usr/bin/python3 -c 'import sys
+f = open(sys.argv[1], "rb")
+print("open", flush=True)
+sys.stdin.readline()' "$far/20000000" <>"$T/opened.in" >"$T/opened" &
+    poll 20 grep -q open "$T/opened" || fail "it is not opened"
+    view() { # KEY: of the region in status
+        memsync status --json >"$T/status.json" || true
+        /usr/bin/python3 -c 'import json, sys
+v = [v for v in json.load(open(sys.argv[1]))["views"] if v["size"] == 20000000]
+print(*[v[0][key] if len(v) == 1 else v for key in sys.argv[2:]])' "$T/status.json" "$@"
+    }
+    whole() { [ "$(view resident)" = 20000000 ]; }
+    poll 30 whole || fail "untouched, it has come to $(view resident)"
+    both sha256sum FAR/20000000
+    pull -- "$BUILD/tests/programs/pulled" maps "$far/20000000" "$near/20000000" &
+    maps=$!
+    pull -- "$BUILD/tests/programs/pulled" fork "$far/20000000" "$near/20000000" || fail "fork"
+    wait "$maps" || fail "maps"
+    read -r fetched programs <<<"$(view fetched programs)"
+    [ "$fetched" -lt 21500000 ] && [ "$programs" = 1 ] || fail "fetched $fetched bytes, for $programs programs still"
+    ;;
+eager) # no userfaultfd: all of it is fetched before the open returns, and one line says so where that is waited for
+    pull -- cat "$far/1" >"$T/got" # starts an agent that has it; the second is started by a program that has not
+    for agent in with without; do
+        for what in 'sha256sum FAR' 'cat FAR' 'pulled maps FAR NEAR' 'pulled fork FAR NEAR'; do
+            what=${what//NEAR/$near/20000000}
+            what=${what/#pulled/$BUILD/tests/programs/pulled}
+            ${what/FAR/$near/20000000} >"$T/expected"
+            pull -- "$BUILD/tests/programs/pulled" without ${what/FAR/$far/20000000} >"$T/got" 2>"$T/got.err" || fail "$what: $(cat "$T/got.err")"
+            sed -i "s,$far,$near,g" "$T/got"
+            cmp "$T/expected" "$T/got" >&2 || fail "$what, agent $agent"
+            [ "$(cat "$T/said.err" "$T/got.err" | wc -l)" -le 1 ] || fail "$what: said: $(cat "$T/said.err" "$T/got.err")"
+            cat "$T/said.err" >>"$T/said"
+            : >"$T/said.err"
+        done
+        grep -q 'fetched whole' "$T/said" || fail "nothing was said, agent $agent"
+        rm "$T/said"
+        stop_local
+    done
+    ;;
 python)
     both /usr/bin/python3 -c 'import os, mmap, hashlib, shutil
 assert os.path.exists("FAR/100001") and not os.path.exists("FAR/no") and os.path.isfile("FAR/1")
@@ -133,6 +198,8 @@ c[5] = 1
 print(c[:10], numpy.fromfile("FAR/100001", dtype="u1").sum())'
     ;;
 buffers) # pages nobody has touched, given to the kernel
+    pull() { shim MEMSYNC_REGIONS="$far/**=pull,order=none" MEMSYNC_LOG_FILE="$T/said.err" "$@"; }
+    both "$BUILD/tests/programs/pulled" buffers FAR/20000000
     both /usr/bin/python3 -c 'import os, mmap, socket, hashlib, tempfile
 f = open("FAR/20000000", "rb")
 m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)

@@ -5,6 +5,13 @@
  *   pulled refused FILE     everything that must be refused is, as for a file on a read-only file system
  *   pulled maps FILE LOCAL  mappings in all forms, compared with the local file
  *   pulled fork FILE LOCAL  children, by fork, with pages nobody has touched
+ *   pulled paths FILE       what is asked of a path and not of its contents
+ *   pulled waits FILE       poll, select and epoll, with a pipe beside it
+ *   pulled buffers FILE     pages nobody has touched as buffers of stdio, sockets and mlock
+ *   pulled locked FILE LOCAL
+ *                           mappings of a process that locks all its memory
+ *   pulled without COMMAND...
+ *                           a command that is refused userfaultfd
  *   pulled mapped|reads|threads|orphan FILE LOCAL
  *                           reads all, page by page in no order, through a mapping, by calls, through two mappings by
  *                           four threads, in a child whose parent has gone; says how far it is, in percent
@@ -13,18 +20,27 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <poll.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/select.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 #define PAGE 4096u
@@ -155,6 +171,150 @@ static void do_refused(const char *path)
     MUST(!close(fd));
 }
 
+/* ---- what is asked beside the contents */
+
+static void do_paths(const char *path)
+{
+    char buf[5000], link[32], none[5000];
+    char *full = realpath(path, NULL);
+    MUST(full && realpath(path, buf) == buf && !strcmp(buf, full));
+    printf("%s\n", full);
+    free(full);
+    full = canonicalize_file_name(path);
+    MUST(full && !strcmp(full, buf));
+    free(full);
+    REFUSED(readlink(path, buf, sizeof buf), EINVAL);
+    REFUSED(readlinkat(AT_FDCWD, path, buf, sizeof buf), EINVAL);
+    snprintf(none, sizeof none, "%s.none", path);
+    REFUSED(readlink(none, buf, sizeof buf), ENOENT);
+    MUST(!realpath(none, NULL) && errno == ENOENT);
+    int fd = open(path, O_RDONLY);
+    MUST(fd >= 0);
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(link, buf, sizeof buf);
+    MUST(n > 0);
+    printf("%.*s\n", (int)n, buf);
+    MUST(readlink(link, buf, 5) == 5);
+    printf("%.5s\n", buf);
+    MUST(realpath(link, buf));
+    printf("%s\n", buf);
+    MUST(getxattr(path, "user.none", buf, 10) < 0 && (errno == ENODATA || errno == ENOTSUP));
+    MUST(lgetxattr(path, "user.none", buf, 10) < 0 && (errno == ENODATA || errno == ENOTSUP));
+    MUST(fgetxattr(fd, "user.none", buf, 10) < 0 && (errno == ENODATA || errno == ENOTSUP));
+    MUST(!listxattr(path, buf, sizeof buf) && !llistxattr(path, buf, sizeof buf) && !flistxattr(fd, buf, sizeof buf));
+}
+
+static void polled(const struct pollfd *p, int n, int rc)
+{
+    printf("%d:", rc);
+    for (int i = 0; i < n; i++)
+        printf(" %x", (unsigned)p[i].revents);
+    printf("\n");
+}
+
+static void do_polls(int fd, int empty, int full)
+{
+    struct timespec t = {.tv_nsec = 1000000};
+    struct pollfd p[] = {{fd, POLLIN | POLLPRI, 0}, {empty, POLLIN, 0}, {full, POLLIN, 0}, {-1, POLLIN, 9}, {fd, 0, 9}};
+    polled(p, 5, poll(p, 5, -1));
+    polled(p, 2, poll(p, 2, -1));
+    polled(p, 2, ppoll(p, 2, NULL, NULL));
+    p[0].events = POLLPRI;
+    polled(p, 2, poll(p, 2, 1));
+    polled(p, 2, ppoll(p, 2, &t, NULL));
+    polled(p, 3, poll(p, 3, -1));
+    struct pollfd many[200];
+    for (int i = 0; i < 200; i++)
+        many[i] = (struct pollfd){i % 2 ? fd : empty, POLLIN | POLLOUT, 0};
+    polled(many, 200, poll(many, 200, -1));
+}
+
+static void do_selects(int fd, int empty, int full)
+{
+    fd_set in, out, except;
+    for (int with = 0; with < 8; with++) {
+        FD_ZERO(&in);
+        FD_ZERO(&out);
+        FD_ZERO(&except);
+        FD_SET(empty, &in);
+        if (with & 1)
+            FD_SET(full, &in);
+        if (with & 2) {
+            FD_SET(fd, &in);
+            FD_SET(fd, &out);
+        }
+        if (with & 4)
+            FD_SET(fd, &except);
+        struct timeval t = {.tv_usec = 1000};
+        struct timespec s = {.tv_nsec = 1000000};
+        int most = (fd > full ? fd : full) + 1;
+        int rc = with % 2 ? select(most, &in, &out, &except, &t) : pselect(most, &in, &out, &except, &s, NULL);
+        printf("%d: %d %d %d %d %d\n", rc, !!FD_ISSET(empty, &in), !!FD_ISSET(full, &in), !!FD_ISSET(fd, &in),
+               !!FD_ISSET(fd, &out), !!FD_ISSET(fd, &except));
+    }
+}
+
+static void do_waits(const char *path)
+{
+    int fd = open(path, O_RDONLY), empty[2], full[2];
+    MUST(fd >= 0 && !pipe(empty) && !pipe(full) && write(full[1], "x", 1) == 1);
+    do_polls(fd, empty[0], full[0]);
+    do_selects(fd, empty[0], full[0]);
+    int e = epoll_create1(0);
+    struct epoll_event event = {.events = EPOLLIN};
+    MUST(e >= 0 && !epoll_ctl(e, EPOLL_CTL_ADD, full[0], &event));
+    REFUSED(epoll_ctl(e, EPOLL_CTL_ADD, fd, &event), EPERM);
+}
+
+static void do_buffers(const char *path)
+{
+    struct stat st;
+    int fd = open(path, O_RDONLY), pair[2];
+    MUST(fd >= 0 && !fstat(fd, &st) && !socketpair(AF_UNIX, SOCK_STREAM, 0, pair));
+    size_t size = (size_t)st.st_size, far = size / 2 / PAGE * PAGE, n = 10 * PAGE;
+    unsigned char *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0), *in = p + size / 4 / PAGE * PAGE;
+    MUST(p != MAP_FAILED);
+    FILE *f = tmpfile();
+    MUST(f && fwrite(p + far, 1, n, f) == n && (fwrite_unlocked)(p + far + n, 1, n, f) == n && !fflush(f));
+    rewind(f);
+    MUST(fread(in, 1, n, f) == n && (fread_unlocked)(in + n, 1, n, f) == n);
+    MUST(!memcmp(in, p + far, 2 * n));
+    in += 20 * n;
+    MUST(send(pair[0], p + far + 4 * n, PAGE, 0) == PAGE && recv(pair[1], in, PAGE, 0) == PAGE);
+    MUST(!memcmp(in, p + far + 4 * n, PAGE));
+    struct iovec from = {p + far + 5 * n, PAGE}, to = {in + n, PAGE};
+    struct msghdr out = {.msg_iov = &from, .msg_iovlen = 1}, back = {.msg_iov = &to, .msg_iovlen = 1};
+    MUST(sendmsg(pair[0], &out, 0) == PAGE && recvmsg(pair[1], &back, 0) == PAGE);
+    MUST(!memcmp(in + n, p + far + 5 * n, PAGE));
+    MUST(sendto(pair[0], p + far + 6 * n, PAGE, 0, NULL, 0) == PAGE);
+    MUST(recvfrom(pair[1], in + 2 * n, PAGE, 0, NULL, NULL) == PAGE);
+    MUST(!memcmp(in + 2 * n, p + far + 6 * n, PAGE));
+    MUST(!mlock(p + far + 7 * n, PAGE) && !mlock2(p + far + 8 * n, PAGE, 0));
+    printf("%lx\n", hash(p, size, 1));
+}
+
+/* ---- without userfaultfd */
+
+#define USERFAULTFD_NEW 0xaa00u /* the ioctl of /dev/userfaultfd */
+
+static void do_without(char **command)
+{
+    struct sock_filter rules[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_userfaultfd, 3, 0),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_ioctl, 0, 3),
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[1])),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, USERFAULTFD_NEW, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog filter = {sizeof rules / sizeof *rules, rules};
+    MUST(!prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) && !prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter));
+    REFUSED(syscall(SYS_userfaultfd, 0), EPERM);
+    execvp(command[0], command);
+    failed(command[0], __LINE__);
+}
+
 /* ---- mappings */
 
 static unsigned char *local;
@@ -245,6 +405,21 @@ static void do_maps(const char *path, const char *of)
     MUST(!close(fd));
     same(a + 16 * PAGE, 16 * PAGE, size - 16 * PAGE);
     MUST(a[size] == 0 || size % PAGE == 0);
+}
+
+/* Memory that is locked as it is mapped: the kernel brings in what it can, and must bring in the region's bytes. */
+static void do_locked(const char *path, const char *of)
+{
+    load(path, of);
+    unsigned char *before = map(NULL, size, PROT_READ, MAP_SHARED, 0);
+    MUST(!mlockall(MCL_CURRENT | MCL_FUTURE));
+    unsigned char *a = map(NULL, size, PROT_READ, MAP_SHARED, 0);
+    unsigned char *b = map(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE, 0);
+    unsigned char *c = map(NULL, size, PROT_READ, MAP_SHARED | MAP_LOCKED | MAP_POPULATE, 0);
+    same(b, 0, size);
+    same(a, 0, size);
+    same(c, 0, size);
+    same(before, 0, size);
 }
 
 /* ---- fork */
@@ -398,6 +573,17 @@ static void do_failing(void)
 
 static const struct {
     const char *name;
+    void (*run)(const char *path);
+} alone[] = {{"stdio", do_stdio}, {"stdin", do_stdin}, {"refused", do_refused},
+             {"paths", do_paths}, {"waits", do_waits}, {"buffers", do_buffers}};
+
+static const struct {
+    const char *name;
+    void (*run)(const char *path, const char *of);
+} beside[] = {{"maps", do_maps}, {"fork", do_fork}, {"locked", do_locked}};
+
+static const struct {
+    const char *name;
     void (*run)(void);
 } whole[] = {{"mapped", do_mapped},
              {"reads", do_reads},
@@ -408,21 +594,20 @@ static const struct {
 int main(int argc, char **argv)
 {
     const char *what = argc > 2 ? argv[1] : "";
-    if (!strcmp(what, "stdio"))
-        do_stdio(argv[2]);
-    else if (!strcmp(what, "stdin"))
-        do_stdin(argv[2]);
-    else if (!strcmp(what, "refused"))
-        do_refused(argv[2]);
-    else if (!strcmp(what, "maps") && argc == 4)
-        do_maps(argv[2], argv[3]);
-    else if (!strcmp(what, "fork") && argc == 4)
-        do_fork(argv[2], argv[3]);
+    if (!strcmp(what, "without"))
+        do_without(argv + 2);
+    for (size_t i = 0; argc == 3 && i < sizeof alone / sizeof *alone; i++)
+        if (!strcmp(what, alone[i].name))
+            return alone[i].run(argv[2]), 0;
+    for (size_t i = 0; argc == 4 && i < sizeof beside / sizeof *beside; i++)
+        if (!strcmp(what, beside[i].name))
+            return beside[i].run(argv[2], argv[3]), 0;
     for (size_t i = 0; argc == 4 && i < sizeof whole / sizeof *whole; i++)
         if (!strcmp(what, whole[i].name)) {
             load(argv[2], argv[3]);
             whole[i].run();
-            printf("done\n");
+            return printf("done\n"), 0;
         }
-    return 0;
+    fprintf(stderr, "pulled: no such command\n");
+    return 2;
 }
