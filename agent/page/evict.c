@@ -15,6 +15,8 @@
  * by up to a quarter of the bound.
  * - When the remote's epoch is lost, what was evicted cannot be had again: it is poisoned like what never came.
  *
+ * What is written to (mirror.c) is not evicted: what it has may be nowhere else.
+ *
  * The queue is only an order. If it cannot grow, or a view that was unbounded or another agent's gets a bound, it is
  * made anew from what is here. */
 #include "agent/page/mount.h"
@@ -28,7 +30,7 @@
 
 uint32_t evict_moves(const struct control_open *how, bool eager)
 {
-    return !eager && how->resident ? VIEW_MOVES : 0;
+    return !eager && (how->resident || how->mode == CONTROL_MIRROR) ? VIEW_MOVES : 0;
 }
 
 void evict_free(struct mount *m)
@@ -132,7 +134,7 @@ static uint64_t take_out(struct mount *m, struct filled f)
 void evict_room(struct mount *m, uint64_t pages)
 {
     struct eviction *e = &m->evict;
-    if (!e->bound || m->state == MOUNT_FAILED || m->pages.have_n + m->pages.asked_n + pages <= e->bound)
+    if (!e->bound || m->body || m->state == MOUNT_FAILED || m->pages.have_n + m->pages.asked_n + pages <= e->bound)
         return;
     uint64_t over = m->pages.have_n + m->pages.asked_n + pages - e->bound, gone = 0;
     over += e->bound / 16 < MORE ? e->bound / 16 : MORE;
@@ -156,7 +158,7 @@ void evict_lead(struct mount *m, uint64_t from, uint64_t to)
     struct eviction *e = &m->evict;
     uint64_t most = to - from < e->bound / 4 ? to - from : e->bound / 4;
     e->lead = from;
-    e->lead_to = from + most;
+    e->lead_to = from + most < mount_pages(m) ? from + most : mount_pages(m);
     e->walked = from;
 }
 
@@ -173,8 +175,10 @@ bool evict_next(struct mount *m, uint64_t *from, uint64_t *to)
 {
     struct eviction *e = &m->evict;
     e->full |= e->bound && m->pages.have_n + m->pages.asked_n + PLAN_WINDOW > e->bound;
+    struct pages theirs = mount_theirs(m);
     if (!e->full)
-        return plan_next(&m->plan, &m->pages, from, to);
+        return plan_next(&m->plan, &theirs, from, to);
+    e->lead_to = e->lead_to < mount_pages(m) ? e->lead_to : mount_pages(m); /* it may have been cut */
     *from = e->lead < e->lead_to ? pages_gap(&m->pages, e->lead, e->lead_to) : e->lead_to;
     if (*from >= e->lead_to)
         return false;

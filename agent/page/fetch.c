@@ -43,11 +43,11 @@ static void send_on(struct pager *g, size_t stream, uint8_t type, struct buf *b)
 /* ---- pins ---- */
 
 static void pin_send(struct pager *g, uint32_t request, const char *name, uint64_t epoch, const struct id *lineage,
-                     uint32_t head)
+                     uint32_t head, bool live)
 {
     static struct frame_pin f;
     struct buf *b = buf_new(NAME_CAP + 32);
-    f = (struct frame_pin){.request = request, .keep = 1, .epoch = epoch, .lineage = *lineage, .head = head};
+    f = (struct frame_pin){.request = request, .keep = 1, .epoch = epoch, .lineage = *lineage, .head = head, .live = live};
     snprintf(f.name, sizeof f.name, "%s", name);
     if (b)
         b->len = (uint32_t)frame_pin_put(b->data, b->cap, &f);
@@ -67,11 +67,33 @@ void fetch_unpin(struct pager *g, uint32_t pin)
 void fetch_pin(struct mount *m)
 {
     struct pager *g = m->pager;
-    if (g->link->state != LINK_UP || m->state != MOUNT_UNPINNED)
+    if (g->link->state != LINK_UP || m->state != MOUNT_UNPINNED || !m->epoch || id_none(&m->lineage)) /* not at the remote yet */
         return;
     m->request = ++g->link->next_request;
     m->state = MOUNT_ASKED;
-    pin_send(g, m->request, m->name, m->epoch, &m->lineage, 0);
+    m->live = m->body || m->shared->mirror;
+    pin_send(g, m->request, m->name, m->epoch, &m->lineage, 0, m->live);
+}
+
+void fetch_swap(struct mount *m, bool live)
+{
+    struct pager *g = m->pager;
+    if (g->link->state != LINK_UP || m->state != MOUNT_PINNED || m->swap || m->old_pin || m->live == live)
+        return;
+    m->swap = ++g->link->next_request;
+    m->swap_live = live;
+    pin_send(g, m->swap, m->name, m->epoch, &m->lineage, 0, live);
+}
+
+void fetch_retire(struct mount *m)
+{
+    if (!m->old_pin)
+        return;
+    for (const struct read *r = m->pager->reads; r; r = r->next)
+        if (r->mount == m && r->pin == m->old_pin)
+            return;
+    fetch_unpin(m->pager, m->old_pin);
+    m->old_pin = 0;
 }
 
 void opening_ask(struct pager *g, struct opening *o)
@@ -79,7 +101,7 @@ void opening_ask(struct pager *g, struct opening *o)
     if (g->link->state != LINK_UP || o->request || o->mount)
         return;
     o->request = ++g->link->next_request;
-    pin_send(g, o->request, o->how.name, o->epoch, &o->lineage, o->how.look ? 0 : HEAD_BYTES);
+    pin_send(g, o->request, o->how.name, o->epoch, &o->lineage, o->how.look ? 0 : HEAD_BYTES, false);
 }
 
 /* ---- reads ---- */
@@ -100,6 +122,8 @@ static struct read *read_new(struct mount *m, uint64_t from, uint64_t to, bool b
                        .stream = stream,
                        .offset = byte_of(m, from),
                        .len = byte_of(m, to) - byte_of(m, from),
+                       .limit = m->base,
+                       .pin = m->pin,
                        .since = since,
                        .sent = uv_hrtime(),
                        .bulk = bulk};
@@ -111,6 +135,13 @@ static struct read *read_new(struct mount *m, uint64_t from, uint64_t to, bool b
         g->demand_n++;
     pages_ask(&m->pages, from, to);
     return r;
+}
+
+/* What of it has not come. A region that was cut has fewer pages now. */
+static void unask(struct mount *m, const struct read *r)
+{
+    uint64_t from = (r->offset + r->got) / PAGE_SIZE, to = (r->offset + r->len + PAGE_SIZE - 1) / PAGE_SIZE;
+    pages_unask(&m->pages, from, to < m->pages.count ? to : m->pages.count);
 }
 
 /* What has not come of it is missing again. */
@@ -125,10 +156,12 @@ static void read_free(struct pager *g, struct read *r)
         g->bulk -= r->len - r->got;
     else
         g->demand_n--;
-    if (r->mount)
-        pages_unask(&r->mount->pages, (r->offset + r->got) / PAGE_SIZE,
-                    (r->offset + r->len + PAGE_SIZE - 1) / PAGE_SIZE);
+    struct mount *m = r->mount;
+    if (m)
+        unask(m, r);
     free(r);
+    if (m)
+        fetch_retire(m);
 }
 
 static void read_send(struct mount *m, uint64_t from, uint64_t to, bool bulk, uint32_t stream, uint64_t since)
@@ -175,6 +208,7 @@ static bool can_demand(const struct mount *m)
 
 static void demand(struct mount *m, uint64_t from, uint64_t to, uint64_t since)
 {
+    to = to < mount_pages(m) ? to : mount_pages(m); /* it may have waited while the region was cut */
     for (uint64_t end; from < to; from = end) {
         end = to - from < PLAN_WINDOW ? to : from + PLAN_WINDOW;
         evict_room(m, end - from);
@@ -219,7 +253,8 @@ static void wanted_ask(struct mount *m)
 /* Demands what comes next of it. True: it is answered, and gone. */
 static bool fetching_step(struct mount *m, struct fetching *f)
 {
-    f->from = pages_hole(&m->pages, f->from, f->to);
+    f->to = f->to < mount_pages(m) ? f->to : mount_pages(m);
+    f->from = f->from < f->to ? pages_hole(&m->pages, f->from, f->to) : f->to;
     if (m->state == MOUNT_FAILED || f->from == f->to) {
         answer_drop(f->answer, f->from == f->to ? 0 : -EIO);
         free(f);
@@ -258,8 +293,8 @@ void fetch_range(struct mount *m, struct answer *a, uint64_t offset, uint64_t le
         answer_drop(a, -ENOMEM);
         return;
     }
-    if (to > m->pages.count)
-        to = m->pages.count;
+    if (to > mount_pages(m))
+        to = mount_pages(m);
     *f = (struct fetching){.next = m->fetchings,
                            .answer = a,
                            .from = from < to ? from : to,
@@ -286,12 +321,19 @@ void fetch_forget_program(struct mount *m, const struct program *p)
     }
 }
 
+void fetch_cut(struct mount *m)
+{
+    for (struct read *r = m->pager->reads; r; r = r->next)
+        if (r->mount == m && r->limit > m->base)
+            r->limit = m->base;
+    fetchings_step(m);
+}
+
 void fetch_forget(struct mount *m)
 {
     for (struct read *r = m->pager->reads; r; r = r->next)
         if (r->mount == m) {
-            uint64_t from = (r->offset + r->got) / PAGE_SIZE, to = (r->offset + r->len + PAGE_SIZE - 1) / PAGE_SIZE;
-            pages_unask(&m->pages, from, to);
+            unask(m, r);
             r->mount = NULL;
         }
     m->wanted_n = 0;
@@ -379,7 +421,8 @@ static void take_data(struct pager *g, uint32_t stream, const struct buf *p)
     if (!d.len || d.len > r->len - r->got || more != (d.len < r->len - r->got) || (more && d.len % PAGE_SIZE))
         return violated(g, "a DATA that is not what was asked for");
     struct mount *m = r->mount;
-    int rc = m ? mount_put(m, r->offset + r->got, d.data, d.len) : 0;
+    uint64_t at = r->offset + r->got, useful = at < r->limit ? r->limit - at : 0;
+    int rc = m && useful ? mount_put(m, at, d.data, d.len < useful ? d.len : useful) : 0;
     r->got += d.len;
     g->under[r->stream] -= d.len;
     if (r->bulk)
@@ -416,11 +459,46 @@ static struct opening *opening_asked(struct pager *g, uint32_t request)
     return NULL;
 }
 
+static struct mount *mount_swapping(struct pager *g, uint32_t request)
+{
+    for (struct mount *m = g->mounts; m; m = m->next)
+        if (m->swap && m->swap == request)
+            return m;
+    return NULL;
+}
+
+static void swapped(struct mount *m, uint32_t pin, const struct frame_entry *e)
+{
+    m->swap = 0;
+    if (m->state != MOUNT_PINNED || !id_same(&e->lineage, &m->lineage)) {
+        fetch_unpin(m->pager, pin);
+        return;
+    }
+    m->old_pin = m->pin;
+    m->pin = pin;
+    m->live = m->swap_live;
+    fetch_retire(m);
+    if (m->body && m->body->region)
+        group_step(m->body->region->group);
+}
+
+/* Without a live pin it may not be written to; with one it goes on as it is. */
+static void swap_failed(struct mount *m, const char *text)
+{
+    m->swap = 0;
+    m->live_refused = m->swap_live;
+    log_info("%s: %s", m->name, text);
+    if (!m->live_refused || !m->body || !m->body->region)
+        return;
+    region_notice(m->body->region, "%s: cannot be written to: %s", m->path, text);
+    group_step(m->body->region->group);
+}
+
 static void mount_pinned(struct mount *m, uint32_t pin, const struct frame_entry *e)
 {
     m->pin = pin;
     m->state = MOUNT_PINNED;
-    if (!id_same(&e->lineage, &m->lineage) || e->epoch != m->epoch || e->size != m->size) {
+    if (!id_same(&e->lineage, &m->lineage) || (!m->live && (e->epoch != m->epoch || e->size != m->size))) {
         mount_fail(m, -ESTALE, "the remote has another region of that name now");
         return;
     }
@@ -435,13 +513,14 @@ static void head_read(struct pager *g, struct mount *m, uint32_t request, uint64
     struct read *r = calloc(1, sizeof *r);
     if (!r)
         return violated(g, "no memory for what comes");
-    *r = (struct read){.next = g->reads, .mount = m, .request = request, .len = len, .sent = uv_hrtime()};
+    *r = (struct read){.next = g->reads, .mount = m, .request = request, .len = len, .limit = m ? m->base : 0, .sent = uv_hrtime()};
     r->since = uv_now(g->link->local->loop);
     g->reads = r;
     g->under[0] += len;
     g->demand_n++;
+    uint64_t pages = (len + PAGE_SIZE - 1) / PAGE_SIZE;
     if (m)
-        pages_ask(&m->pages, 0, (len + PAGE_SIZE - 1) / PAGE_SIZE);
+        pages_ask(&m->pages, 0, pages < mount_pages(m) ? pages : mount_pages(m));
 }
 
 static void take_pinned(struct pager *g, const struct buf *p)
@@ -450,8 +529,12 @@ static void take_pinned(struct pager *g, const struct buf *p)
     uint32_t request, pin;
     if (frame_pinned_get(p->data, p->len, &request, &pin, &e))
         return violated(g, "a PINNED out of form");
-    struct mount *m = mount_asked(g, request);
+    struct mount *m = mount_asked(g, request), *swapping = mount_swapping(g, request);
     struct opening *o = m ? NULL : opening_asked(g, request);
+    if (swapping) {
+        swapped(swapping, pin, &e);
+        return;
+    }
     if (m) {
         mount_pinned(m, pin, &e);
         return;
@@ -474,8 +557,13 @@ static void take_failed(struct pager *g, const struct buf *p)
     struct opening *o = opening_asked(g, (uint32_t)f.seq);
     struct mount *m = mount_asked(g, (uint32_t)f.seq);
     struct read *r = read_of(g, (uint32_t)f.seq);
+    struct mount *swapping = mount_swapping(g, (uint32_t)f.seq);
     bool gone = f.code == FRAME_E_LIMIT || f.code == FRAME_E_NOT_FOUND;
-    if (o) {
+    if (swapping) {
+        swap_failed(swapping, f.text);
+    } else if (o) {
+        if (err == -ENOENT && opening_absent(g, o))
+            return;
         if (err != -ENOENT && o->program)
             program_notice(o->program, "%s: region %s at %s: %s", o->how.path, o->how.name, g->link->address, f.text);
         o->request = 0;
@@ -539,9 +627,11 @@ void page_link_lost(struct link *k)
     struct pager *g = k->pager;
     if (!g)
         return;
-    for (struct mount *m = g->mounts; m; m = m->next)
+    for (struct mount *m = g->mounts; m; m = m->next) {
         if (m->state != MOUNT_FAILED)
             m->state = MOUNT_UNPINNED;
+        m->swap = m->old_pin = 0;
+    }
     for (struct opening *o = g->openings, *next; o; o = next) {
         next = o->next;
         o->request = 0;
@@ -580,7 +670,7 @@ static bool awaited(const struct mount *m)
     for (const struct opening *o = m->pager->openings; o; o = o->next)
         if (o->mount == m)
             return true;
-    return m->viewers != NULL;
+    return m->viewers != NULL || mount_kept(m);
 }
 
 static void mount_tick(struct mount *m, uint64_t now)
@@ -595,6 +685,7 @@ static void mount_tick(struct mount *m, uint64_t now)
         m->plan.learning = false;
         fetch_pump(m->pager);
     }
+    mount_settle(m, now);
     if (!awaited(m) && now - m->idle_since > MOUNT_LINGER_MS)
         mount_free(m);
     else if (now >= m->retry_at)
@@ -627,8 +718,16 @@ void page_link_free(struct link *k)
         return;
     while (g->openings)
         opening_end(g, g->openings, -ECONNRESET);
-    while (g->mounts)
-        mount_free(g->mounts);
+    while (g->mounts) {
+        struct mount *m = g->mounts;
+        if (m->body) { /* its region is gone, or going */
+            m->body->region = NULL;
+            m->body->mount = NULL;
+            body_drop(m->body);
+            m->body = NULL;
+        }
+        mount_free(m);
+    }
     while (g->reads)
         read_free(g, g->reads);
     free(g);

@@ -16,10 +16,11 @@ struct mount *mount_find(struct pager *g, const struct control_open *how, const 
                          bool eager)
 {
     for (struct mount *m = g->mounts; m; m = m->next)
-        if (m->state != MOUNT_FAILED && m->epoch == epoch &&
-            m->timeout_ms == (how->fetch_timeout_ms == CONTROL_FOREVER ? 0 : how->fetch_timeout_ms) &&
-            (!m->eager || eager) && m->shared->moves == evict_moves(how, m->eager) &&
-            id_same(&m->lineage, lineage) && !strcmp(m->name, how->name))
+        if (m->state != MOUNT_FAILED && (!m->eager || eager) && id_same(mount_lineage(m), lineage) &&
+            !strcmp(m->name, how->name) &&
+            (m->body ? m->body->region != NULL
+                     : m->epoch == epoch && m->shared->moves == evict_moves(how, m->eager) &&
+                           m->timeout_ms == (how->fetch_timeout_ms == CONTROL_FOREVER ? 0 : how->fetch_timeout_ms)))
             return m;
     return NULL;
 }
@@ -27,6 +28,15 @@ struct mount *mount_find(struct pager *g, const struct control_open *how, const 
 static uint64_t pages_in(uint64_t bytes)
 {
     return bytes / PAGE_SIZE + (bytes % PAGE_SIZE != 0);
+}
+
+/* An agent that died between changing the memfd's size and saying so had the memfd right, and `base`. */
+static void taken_base(struct mount *m)
+{
+    if (!m->shared->mirror)
+        return;
+    m->base = m->shared->base < m->size ? m->shared->base : m->size;
+    m->shared->size = m->size;
 }
 
 static int make_shared(struct mount *m, bool moves)
@@ -46,6 +56,8 @@ static int make_shared(struct mount *m, bool moves)
     m->shared = at;
     if (!taken)
         *m->shared = (struct view){.version = SHARED_VERSION, .size = m->size, .epoch = m->epoch, .moves = moves};
+    else
+        taken_base(m);
     if (m->shared->punches & 1) /* it died between the two */
         view_punch_end(m->shared);
     return m->shared->version == SHARED_VERSION && m->shared->size == m->size ? 0 : -EINVAL;
@@ -66,25 +78,35 @@ static int make_memfd(struct mount *m)
     if ((uint64_t)st.st_size != m->size)
         return -EINVAL;
     if (!taken)
-        fcntl(m->memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW);
+        fcntl(m->memfd, F_ADD_SEALS, F_SEAL_SEAL); /* its size changes when it is written to */
     m->dev = st.st_dev;
     m->ino = st.st_ino;
     return 0;
 }
 
-static int make_window(struct mount *m)
+int mount_window(struct mount *m)
 {
-    size_t len = (size_t)(m->pages.count * PAGE_SIZE);
-    if (m->eager || !len)
+    size_t len = (size_t)(m->pages.room * PAGE_SIZE);
+    if (m->eager || len <= m->window_len)
         return 0;
+    int uffd = page_uffd();
+    if (uffd < 0)
+        return uffd;
     void *at = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, m->memfd, 0);
     if (at == MAP_FAILED)
         return -errno;
-    m->window = at;
     madvise(at, len, MADV_DONTFORK);
     madvise(at, len, MADV_DONTDUMP);
-    int uffd = page_uffd();
-    return uffd < 0 ? uffd : page_uffd_watch(uffd, at, len);
+    int rc = page_uffd_watch(uffd, at, len);
+    if (rc) {
+        munmap(at, len);
+        return rc;
+    }
+    if (m->window)
+        munmap(m->window, m->window_len);
+    m->window = at;
+    m->window_len = len;
+    return 0;
 }
 
 /* What a memfd that was filled by another agent has. */
@@ -149,6 +171,7 @@ struct mount *mount_new(struct pager *g, const struct control_open *how, const s
                         .lineage = e->lineage,
                         .epoch = e->epoch,
                         .size = e->size,
+                        .base = e->size,
                         .mtime = e->committed_at,
                         .idle_since = uv_now(g->link->local->loop),
                         .made_at = uv_now(g->link->local->loop),
@@ -162,7 +185,7 @@ struct mount *mount_new(struct pager *g, const struct control_open *how, const s
     rc = rc ? rc : pages_init(&m->pages, pages_in(e->size));
     rc = rc ? rc : make_memfd(m);
     rc = rc ? rc : make_shared(m, evict_moves(how, eager));
-    rc = rc ? rc : make_window(m);
+    rc = rc ? rc : mount_window(m);
     rc = rc ? rc : memfd >= 0 ? find_data(m) : 0;
     if (!rc) {
         recall(m);
@@ -179,6 +202,9 @@ void mount_free(struct mount *m)
     fetch_forget(m);
     if (m->state == MOUNT_PINNED)
         fetch_unpin(g, m->pin);
+    if (m->old_pin)
+        fetch_unpin(g, m->old_pin);
+    mount_unwritten(m);
     struct mount **at = &g->mounts;
     while (*at != m)
         at = &(*at)->next;
@@ -186,7 +212,7 @@ void mount_free(struct mount *m)
     if (g->turn == m)
         g->turn = NULL;
     if (m->window)
-        munmap(m->window, (size_t)(m->pages.count * PAGE_SIZE));
+        munmap(m->window, m->window_len);
     if (m->shared)
         munmap(m->shared, sizeof *m->shared);
     if (m->memfd >= 0)
@@ -342,8 +368,8 @@ int mount_put(struct mount *m, uint64_t offset, const uint8_t *data, uint64_t le
 void mount_poison(struct mount *m, const struct viewer *v, const struct stretch *s)
 {
     uint64_t from = s->offset / PAGE_SIZE, to = (s->offset + s->len) / PAGE_SIZE;
-    if (to > m->pages.count)
-        to = m->pages.count;
+    if (to > mount_pages(m))
+        to = mount_pages(m);
     while (from < to) {
         uint64_t a = pages_hole(&m->pages, from, to), b = pages_hole_end(&m->pages, a, to);
         if (a < b && page_poison(v->program->uffd, s->addr + (a * PAGE_SIZE - s->offset), (b - a) * PAGE_SIZE))
@@ -365,9 +391,12 @@ void mount_fail(struct mount *m, int err, const char *format, ...)
     m->state = MOUNT_FAILED;
     fetch_forget(m);
     __atomic_store_n(&m->shared->failed, err, __ATOMIC_SEQ_CST);
-    log_warn("%s: epoch %llu: %s", m->name, (unsigned long long)m->epoch, m->reason);
+    bool removed = m->body && m->body->joined && !m->body->region; /* by a program here: no news to anybody */
+    if (!removed)
+        log_warn("%s: epoch %llu: %s", m->name, (unsigned long long)m->epoch, m->reason);
     for (struct viewer *v = m->viewers; v; v = v->next_mount) {
-        program_notice(v->program, "%s: %s; its pages that were not fetched cannot be read any more", m->path,
+        if (!removed)
+            program_notice(v->program, "%s: %s; its pages that were not fetched cannot be read any more", m->path,
                        m->reason);
         for (size_t i = 0; i < v->count; i++)
             mount_poison(m, v, &v->stretches[i]);
@@ -381,10 +410,29 @@ static bool is_data(const struct mount *m, uint64_t page)
     return lseek(m->memfd, at, SEEK_DATA) == at;
 }
 
+/* Beyond the base, a few pages at a time: who writes there goes on. */
+static void put_zeros(struct mount *m, uint64_t page)
+{
+    uint64_t to = page + PLAN_FIRST < m->pages.count ? page + PLAN_FIRST : m->pages.count;
+    int rc = page_zero(page_uffd(), m->window + page * PAGE_SIZE, (size_t)((to - page) * PAGE_SIZE));
+    if (rc) {
+        mount_fail(m, rc, "no memory for its pages here (%s)", strerror(-rc));
+        return;
+    }
+    pages_came(&m->pages, page, to);
+    mount_wake(m, page, to);
+}
+
 void mount_fault(struct mount *m, struct viewer *v, const struct stretch *s, uint64_t page)
 {
-    if (page >= m->pages.count)
+    if (page >= m->pages.count) { /* cut off while it was on its way: it faults again, and gets SIGBUS */
+        mount_wake(m, page, page + 1);
         return;
+    }
+    if (page >= mount_pages(m)) {
+        put_zeros(m, page);
+        return;
+    }
     if (m->state == MOUNT_FAILED) {
         mount_poison(m, v, s);
         return;
@@ -399,7 +447,8 @@ void mount_fault(struct mount *m, struct viewer *v, const struct stretch *s, uin
     if (fetch_demanded(m, page))
         return;
     uint64_t from, to;
-    plan_fault(&m->plan, &m->pages, page, &from, &to);
+    struct pages theirs = mount_theirs(m);
+    plan_fault(&m->plan, &theirs, page, &from, &to);
     if (pages_bit(m->pages.asked, page)) { /* the background has: a little of it, now, unless it is about to come */
         if (!fetch_is_far(m, page))
             return;
@@ -419,8 +468,8 @@ void mount_fault(struct mount *m, struct viewer *v, const struct stretch *s, uin
 void mount_advise(struct mount *m, uint8_t advice, uint64_t offset, uint64_t len)
 {
     uint64_t from = offset / PAGE_SIZE, to = pages_in(offset + len);
-    if (to > m->pages.count)
-        to = m->pages.count;
+    if (to > mount_pages(m))
+        to = mount_pages(m);
     if (m->state == MOUNT_FAILED || from >= to)
         return;
     m->plan.random = advice == MADV_RANDOM || (m->plan.random && advice == MADV_WILLNEED);

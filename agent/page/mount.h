@@ -41,6 +41,9 @@
  * Failed: every page that is missing is poisoned in all stretches, now and when they come later; what is here stays.
  * Said once to every program.
  *
+ * Mirror: a mount whose memfd is a push region's file as well (mirror.c). Programs write it; its size is changed by
+ * TRUNCATE, and from `base` on a hole is zeros: nothing there is ever asked for.
+ *
  * Eager: where this agent or the program has no userfaultfd (or not for shared memory), the whole region is written
  * into the memfd before OPEN is answered, and nothing faults. */
 #ifndef PAGE_MOUNT_H
@@ -108,8 +111,15 @@ struct mount {
     struct pager *pager;
     char *name, *path; /* path: of the first viewer */
     struct id lineage;
-    uint64_t epoch, size;
+    uint64_t epoch, size; /* epoch: of a mirror, the last that is known to be durable; 0: none is yet */
     int64_t mtime;
+    struct body *body; /* of a mirror, held; NULL: not written to */
+    uint64_t base;     /* bytes: at the smallest, what it was cut to since the remote knows of all its sizes */
+    uint64_t unwritten_since; /* nobody has it open for writing, and all is published */
+    bool live;                /* the pin is */
+    bool live_refused;
+    uint32_t swap, swap_live; /* request of a PIN that is to take the pin's place; 0: none */
+    uint32_t old_pin;         /* to be given back once no READ of it is under way */
     uint64_t timeout_ms; /* viewers with another one have another mount */
     enum mount_state state;
     uint32_t pin, request;
@@ -118,6 +128,7 @@ struct mount {
     uint64_t dev, ino; /* of memfd */
     struct view *shared;
     uint8_t *window; /* the mapping that is filled; NULL: eager */
+    size_t window_len;
     bool eager;
     struct pages pages;
     struct plan plan;
@@ -139,6 +150,8 @@ struct read {
     uint32_t request;
     uint32_t stream; /* of the pager's, by index */
     uint64_t offset, len, got;
+    uint64_t limit; /* what lies beyond is of no use any more: cut off meanwhile */
+    uint32_t pin;
     uint64_t since; /* uv_now: when somebody began to wait; demand */
     uint64_t sent;  /* uv_hrtime */
     bool bulk;
@@ -177,6 +190,7 @@ struct pager {
 };
 
 /* mount.c */
+/* That epoch, or what has come of it by writing here. */
 struct mount *mount_find(struct pager *g, const struct control_open *how, const struct id *lineage, uint64_t epoch,
                          bool eager);
 /* memfd: one that is taken over, or -1. NULL without memory or descriptors. */
@@ -198,6 +212,7 @@ void mount_order(struct mount *m, uint8_t order);
 /* MADV_*, of bytes. */
 void mount_advise(struct mount *m, uint8_t advice, uint64_t offset, uint64_t len);
 bool mount_complete(const struct mount *m);
+int mount_window(struct mount *m); /* as long as the pages need */
 
 /* fetch.c */
 struct pager *pager_of(struct link *k);
@@ -226,11 +241,25 @@ void evict_lead(struct mount *m, uint64_t from, uint64_t to); /* these will be w
 void evict_walk(struct mount *m, uint64_t at); /* or those from there on, if this goes on */
 /* The next run to be asked for in the background. */
 bool evict_next(struct mount *m, uint64_t *from, uint64_t *to);
+void fetch_cut(struct mount *m); /* nothing beyond its base is of use any more */
+void fetch_swap(struct mount *m, bool live);
+void fetch_retire(struct mount *m); /* the old pin, if nothing needs it */
+
+/* mirror.c */
+uint64_t mount_pages(const struct mount *m);   /* that are the remote's, here or not; zeros lie beyond */
+struct pages mount_theirs(const struct mount *m); /* only those; shares the bits */
+int mount_truncate(struct mount *m, uint64_t size, bool grow);
+void mount_unwritten(struct mount *m);            /* its body is let go */
+void mount_settle(struct mount *m, uint64_t now); /* the clock: what the remote knows of it by now */
+bool mount_kept(const struct mount *m);           /* written to, or with something the remote has not got */
+const struct id *mount_lineage(const struct mount *m);
+struct mount *mount_made(struct pager *g, const char *name); /* by OPEN with create, and not at the remote yet */
 
 /* viewers.c */
 /* The mount it came to, if any. */
 struct mount *opening_pinned(struct pager *g, struct opening *o, uint32_t pin, const struct frame_entry *e);
 void opening_end(struct pager *g, struct opening *o, int result);
+bool opening_absent(struct pager *g, struct opening *o); /* false: it has to end with -ENOENT */
 void openings_look(struct mount *m); /* eager ones that are complete, or failed */
 
 #endif

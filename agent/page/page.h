@@ -22,6 +22,17 @@ bool page_frame(struct link *k, uint32_t stream, uint8_t type, struct buf *paylo
 void page_tick(struct link *k, uint64_t now);
 void page_link_free(struct link *k);
 
+/* Mirrors: a region whose file is a mount's memfd. */
+struct mount *page_mount_of(struct link *k, int fd); /* NULL: it is none's */
+/* The body is the mount's from now on. -EOPNOTSUPP where there is no userfaultfd, -EIO when it has failed. */
+int page_adopt(struct mount *m, struct body *b);
+/* Where it comes from; true: it was made here, and the remote has nothing of that name. */
+bool page_made(const struct mount *m, struct id *lineage, uint64_t *epoch);
+void page_joined(struct body *b);                /* the region is attached: it will be written to */
+int page_writable(const struct body *b);         /* 0: now; 1: not yet; or a negative errno: never */
+void page_durable(struct body *b);               /* b->durable has risen */
+void page_lost(struct body *b, const char *why); /* what is not here is not to be had any more */
+
 /* The members of status's "views", each an object; *comma as it goes. text writes a JSON string. */
 void page_status(FILE *f, struct link *k, bool *comma, void (*text)(FILE *f, const char *s));
 

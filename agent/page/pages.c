@@ -2,11 +2,12 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 
 int pages_init(struct pages *p, uint64_t count)
 {
     size_t words = (size_t)(count / 64 + 1);
-    *p = (struct pages){.count = count, .have = calloc(words, 8), .asked = calloc(words, 8)};
+    *p = (struct pages){.count = count, .room = words * 64, .have = calloc(words, 8), .asked = calloc(words, 8)};
     if (p->have && p->asked)
         return 0;
     pages_free(p);
@@ -95,4 +96,34 @@ uint64_t pages_hole(const struct pages *p, uint64_t from, uint64_t to)
 uint64_t pages_hole_end(const struct pages *p, uint64_t from, uint64_t to)
 {
     return find(p->have, NULL, true, from, to);
+}
+
+static uint64_t *longer(const uint64_t *old, uint64_t room, uint64_t more)
+{
+    uint64_t *bits = calloc((size_t)(more / 64), 8);
+    if (bits)
+        memcpy(bits, old, (size_t)(room / 8));
+    return bits;
+}
+
+int pages_resize(struct pages *p, uint64_t count)
+{
+    if (count < p->count)
+        pages_lose(p, count, p->count);
+    if (count >= p->room) {
+        uint64_t room = (count + count / 2) / 64 * 64 + 64;
+        uint64_t *have = longer(p->have, p->room, room), *asked = longer(p->asked, p->room, room);
+        if (!have || !asked) {
+            free(have);
+            free(asked);
+            return -ENOMEM;
+        }
+        free(p->have);
+        free(p->asked);
+        p->have = have;
+        p->asked = asked;
+        p->room = room;
+    }
+    p->count = count;
+    return 0;
 }

@@ -9,7 +9,7 @@
 #define PAGE_SIZE 4096u
 
 struct pages {
-    uint64_t count;
+    uint64_t count, room; /* room: pages that there are bits for */
     uint64_t *have;  /* the page is in the memfd */
     uint64_t *asked; /* a read for it is under way, and it has not come */
     uint64_t have_n, asked_n;
@@ -17,6 +17,8 @@ struct pages {
 
 int pages_init(struct pages *p, uint64_t count); /* 0 or -ENOMEM */
 void pages_free(struct pages *p);
+/* So many pages from now on: those beyond are lost, new ones are neither there nor asked for. 0 or -ENOMEM. */
+int pages_resize(struct pages *p, uint64_t count);
 
 static inline bool pages_bit(const uint64_t *bits, uint64_t page)
 {

@@ -25,6 +25,7 @@ void plan_record(struct plan *p, uint64_t *recorded, size_t n, uint64_t chunks)
     p->recorded_cap = n; /* it may be larger: unused */
     p->learning = !n;
     p->known = calloc(1, (size_t)(chunks / 8 + 1));
+    p->chunks = chunks;
     for (size_t i = 0; p->known && i < n; i++)
         p->known[recorded[i] / 8] |= (uint8_t)(1u << recorded[i] % 8);
 }
@@ -32,7 +33,7 @@ void plan_record(struct plan *p, uint64_t *recorded, size_t n, uint64_t chunks)
 static void record(struct plan *p, uint64_t page)
 {
     uint64_t chunk = page / PLAN_CHUNK;
-    if (!p->known || p->known[chunk / 8] & 1u << chunk % 8 || p->recorded_n >= ORDER_MAX)
+    if (!p->known || chunk >= p->chunks || p->known[chunk / 8] & 1u << chunk % 8 || p->recorded_n >= ORDER_MAX)
         return;
     if (p->recorded_n == p->recorded_cap) {
         size_t cap = p->recorded_cap ? p->recorded_cap * 2 : 64;

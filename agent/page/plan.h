@@ -34,6 +34,7 @@ struct plan {
     uint64_t *recorded; /* chunks, in the order in which they were first touched; malloc'ed. More come at the end */
     size_t recorded_n, recorded_cap, recorded_at;
     uint8_t *known; /* the set of them; NULL unless order=recorded */
+    uint64_t chunks; /* it has room for; a region that grows is not recorded beyond */
 };
 
 void plan_init(struct plan *p, uint8_t order);

@@ -183,11 +183,53 @@ static void say_eager(struct program *p)
                    p->uffd < 0 ? "by this program" : "by the agent");
 }
 
+/* Removed here, which the remote may not know yet. */
+static bool is_unlinked(const struct pager *g, const char *name, const struct id *lineage)
+{
+    for (const struct mount *m = g->mounts; m; m = m->next)
+        if (m->body && !m->body->region && m->body->joined && !strcmp(m->name, name) &&
+            id_same(mount_lineage(m), lineage))
+            return true;
+    return false;
+}
+
+/* What is written to here is what it is here. */
+static int show_look(struct opening *o, const struct frame_entry *e)
+{
+    const struct pager *g = pager_of(o->program->link);
+    static struct frame_entry own;
+    own = *e;
+    for (const struct mount *m = g ? g->mounts : NULL; m; m = m->next)
+        if (m->body && m->body->region && !strcmp(m->name, o->how.name)) {
+            own.size = m->size;
+            own.committed_at = m->mtime;
+        }
+    return send_view(o->program, o->how.view, NULL, &own, false);
+}
+
+/* The remote has no such region. One that was made here, or is to be made, is presented; true: `o` is over. */
+bool opening_absent(struct pager *g, struct opening *o)
+{
+    static const struct frame_entry none;
+    struct mount *m = mount_made(g, o->how.name);
+    o->request = 0;
+    if (!o->program || o->program->gone || (!m && (!o->how.create || o->how.look)))
+        return false;
+    if (o->how.look) {
+        opening_end(g, o, m->body ? show_look(o, &none) : -ENOENT);
+        return true;
+    }
+    if (!m && !must_be_eager(o->program))
+        m = mount_new(g, &o->how, &none, -1, -1, false);
+    opening_end(g, o, m ? present(o, m) : must_be_eager(o->program) ? -EOPNOTSUPP : -ENOMEM);
+    return true;
+}
+
 struct mount *opening_pinned(struct pager *g, struct opening *o, uint32_t pin, const struct frame_entry *e)
 {
     struct program *p = o->program;
     if (!p || p->gone || o->how.look) {
-        int rc = p && !p->gone ? send_view(p, o->how.view, NULL, e, false) : -ECONNRESET;
+        int rc = p && !p->gone ? show_look(o, e) : -ECONNRESET;
         fetch_unpin(g, pin);
         opening_over(g, o, rc);
         return NULL;
@@ -195,6 +237,12 @@ struct mount *opening_pinned(struct pager *g, struct opening *o, uint32_t pin, c
     if (o->epoch && !id_same(&o->lineage, &e->lineage)) {
         fetch_unpin(g, pin);
         opening_over(g, o, -ESTALE);
+        return NULL;
+    }
+    if (is_unlinked(g, o->how.name, &e->lineage)) {
+        fetch_unpin(g, pin);
+        if (!opening_absent(g, o))
+            opening_over(g, o, -ENOENT);
         return NULL;
     }
     bool eager = must_be_eager(p);
@@ -240,7 +288,7 @@ void openings_look(struct mount *m)
 /* 0: it is built. */
 static int not_built(struct program *p, const struct control_open *m)
 {
-    const char *what = m->mode != CONTROL_PULL ? "=mirror" : m->follow ? "follow" : NULL;
+    const char *what = m->follow ? "follow" : NULL;
     struct answer *a = what ? answer_new(p, m->slot) : NULL;
     if (!a)
         return what ? -ENOMEM : 0;
@@ -298,8 +346,13 @@ static struct mount *take_over(struct pager *g, const struct control_resume *m, 
 {
     static struct frame_entry e;
     e = (struct frame_entry){.lineage = m->lineage, .epoch = m->epoch, .size = m->size};
+    struct stat st;
+    if (m->open.mode == CONTROL_MIRROR && !fstat(fds[0], &st))
+        e.size = (uint64_t)st.st_size; /* as another program, or the agent that is gone, has left it */
     struct mount *t = mount_new(g, &m->open, &e, fds[0], fds[1], false);
     fds[0] = fds[1] = -1;
+    if (t && t->shared->mirror && t->shared->epoch)
+        t->epoch = t->shared->epoch;
     if (t && t->shared->failed)
         mount_fail(t, t->shared->failed, "it had failed before");
     return t;
@@ -309,7 +362,7 @@ static struct mount *take_over(struct pager *g, const struct control_resume *m, 
 static int on_resume(struct program *p, const void *data, size_t len, int *fds, size_t nfds)
 {
     static struct control_resume m;
-    if (control_resume_get(data, len, &m) || nfds == 1 || !m.epoch || !good(p, &m.open))
+    if (control_resume_get(data, len, &m) || nfds == 1 || (!m.epoch && m.open.mode == CONTROL_PULL) || !good(p, &m.open))
         return -EPROTO;
     int rc = not_built(p, &m.open);
     if (rc)
@@ -384,6 +437,19 @@ static int on_fetch(struct program *p, const void *data, size_t len)
     return 0;
 }
 
+static int on_truncate(struct program *p, const void *data, size_t len)
+{
+    struct control_truncate m;
+    if (control_truncate_get(data, len, &m) || m.slot >= SHARED_SLOTS)
+        return -EPROTO;
+    struct viewer *v = viewer_of(p, m.view);
+    struct answer *a = answer_new(p, m.slot);
+    if (!a)
+        return -ENOMEM;
+    answer_drop(a, v ? mount_truncate(v->mount, m.size, m.grow) : -EBADF);
+    return 0;
+}
+
 static int on_close(struct program *p, const void *data, size_t len)
 {
     struct control_close m;
@@ -412,6 +478,8 @@ int page_message(struct program *p, uint8_t type, const void *data, size_t len, 
         return on_fetch(p, data, len);
     case CONTROL_CLOSE:
         return on_close(p, data, len);
+    case CONTROL_TRUNCATE:
+        return on_truncate(p, data, len);
     default:
         return -EPROTO;
     }
@@ -473,9 +541,9 @@ void page_status(FILE *f, struct link *k, bool *comma, void (*text)(FILE *f, con
         fputs(",\"reason\":", f);
         text(f, m->state == MOUNT_FAILED ? m->reason : m->state == MOUNT_PINNED ? "" : k->reason);
         fprintf(f,
-                ",\"state\":\"%s\",\"order\":\"%s\",\"lineage\":\"%s\",\"epoch\":%llu,\"size\":%llu,\"resident\":%llu,"
+                ",\"mode\":\"%s\",\"state\":\"%s\",\"order\":\"%s\",\"lineage\":\"%s\",\"epoch\":%llu,\"size\":%llu,\"resident\":%llu,"
                 "\"bound\":%llu,\"evicted\":%llu,\"fetched\":%llu,\"in_flight\":%llu,\"faults\":%llu,\"programs\":%u}",
-                states[m->state], orders[m->plan.order], lineage, (unsigned long long)m->epoch,
+                m->body ? "mirror" : "pull", states[m->state], orders[m->plan.order], lineage, (unsigned long long)m->epoch,
                 (unsigned long long)m->size, (unsigned long long)resident(m),
                 (unsigned long long)(m->evict.bound * PAGE_SIZE), (unsigned long long)m->evict.evicted, (unsigned long long)m->bytes_in,
                 (unsigned long long)in_flight(m), (unsigned long long)m->plan.faults, viewers_of(m));

@@ -67,6 +67,12 @@ static bool stamps_stand(const struct body *b, const struct part *p)
            b->stat_seen - b->stat_ctime > RACY_NS;
 }
 
+/* A mirror's holes before that were not fetched. */
+static uint64_t holes_from(const struct body *b)
+{
+    return b->mirror ? __atomic_load_n(&b->base, __ATOMIC_SEQ_CST) : 0;
+}
+
 static void scan_part(struct part *p)
 {
     struct stat st;
@@ -82,7 +88,12 @@ static void scan_part(struct part *p)
     p->size = (uint64_t)st.st_size;
     p->mtime = ns_of(st.st_mtim);
     p->ctime = ns_of(st.st_ctim);
-    struct track_file file = {p->body->fd, p->size, &p->body->published, p->glance, p->watch && watch_take(p->watch)};
+    struct track_file file = {.fd = p->body->fd,
+                              .size = p->size,
+                              .published = &p->body->published,
+                              .holes_from = holes_from(p->body),
+                              .clock = p->glance,
+                              .events = p->watch && watch_take(p->watch)};
     for (size_t i = 0; i < p->nmaps && !p->err; i++)
         if ((p->err = track_collect(&p->maps[i], &file, &p->found)))
             p->failed = p->owners[i];
@@ -104,6 +115,33 @@ void capture_scan(void *arg)
 /* ---- read ---- */
 
 /* Everything at hand is compared with what was published; what differs goes out and counts as published. */
+/* A page of zeros that a mirror has may be a hole. One that is none may have been one when it was read. */
+static bool absent(struct capture *c, const struct part *p, uint64_t offset, uint8_t *page, struct page_hash *h)
+{
+    const struct body *b = p->body;
+    size_t len = p->size - offset < PAGE ? (size_t)(p->size - offset) : PAGE;
+    if (!page_hash_same(*h, HASH_ZEROS) || offset >= holes_from(b))
+        return false;
+    if (lseek(b->fd, (off_t)offset, SEEK_DATA) != (off_t)offset)
+        return true;
+    if (pread(b->fd, page, len, (off_t)offset) < 0)
+        c->err = -errno;
+    *h = page_hash_of(page);
+    return false;
+}
+
+/* From `at` on nothing is there before this; no further than `end`. */
+static uint64_t past_hole(const struct body *b, uint64_t at, uint64_t end)
+{
+    uint64_t from = holes_from(b), stop = (end < from ? end : from) / PAGE * PAGE;
+    if (at >= stop)
+        return at;
+    off_t data = lseek(b->fd, (off_t)at, SEEK_DATA);
+    if (data < 0)
+        return errno == ENXIO ? stop : at;
+    return (uint64_t)data < stop ? (uint64_t)data : stop;
+}
+
 static void read_run(struct capture *c, struct encoder *b, uint8_t *scratch, uint64_t offset, size_t len)
 {
     struct part *p = &c->parts[c->part];
@@ -125,7 +163,7 @@ static void read_run(struct capture *c, struct encoder *b, uint8_t *scratch, uin
     for (size_t at = 0; at < len && !c->err; at += PAGE) {
         uint64_t page = (offset + at) / PAGE;
         struct page_hash h = page_hash_of(scratch + at);
-        if (page_hash_same(h, hashes_get(&p->body->published, page)))
+        if (absent(c, p, offset + at, scratch + at, &h) || page_hash_same(h, hashes_get(&p->body->published, page)))
             continue;
         encode_page(b, offset + at, scratch + at, h);
     }
@@ -155,6 +193,13 @@ static void prepare_part(struct capture *c, struct part *p)
     p->at = p->todo.count ? p->todo.at[0].start : 0;
 }
 
+static void part_on(struct part *p, uint64_t at)
+{
+    p->at = at;
+    if (p->at >= p->todo.at[p->extent].end && ++p->extent < p->todo.count)
+        p->at = p->todo.at[p->extent].start;
+}
+
 void capture_read(void *arg)
 {
     struct capture *c = arg;
@@ -170,16 +215,19 @@ void capture_read(void *arg)
             prepare_part(c, p);
         encode_part(b, p);
         while (!c->err && budget && p->extent < p->todo.count && c->nout < SLICE_OUT) {
-            uint64_t end = p->todo.at[p->extent].end;
+            uint64_t end = p->todo.at[p->extent].end, data = past_hole(p->body, p->at, end);
+            if (data > p->at) {
+                __atomic_store_n(&p->looked, p->looked + (data - p->at), __ATOMIC_RELAXED);
+                part_on(p, data);
+                continue;
+            }
             size_t len = end - p->at < SCRATCH ? (size_t)(end - p->at) : SCRATCH;
             if (len > budget)
                 len = budget;
             read_run(c, b, scratch, p->at, len);
             budget -= len;
             __atomic_store_n(&p->looked, p->looked + len, __ATOMIC_RELAXED);
-            p->at += len;
-            if (p->at == end && ++p->extent < p->todo.count)
-                p->at = p->todo.at[p->extent].start;
+            part_on(p, p->at + len);
         }
         if (!c->err)
             encode_flush(b);

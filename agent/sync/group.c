@@ -103,6 +103,15 @@ void group_settle(struct group *g)
     bool none = !takes_part(g) && !g->capture, bad = fenced(g);
     for (struct waiter **at = &g->waiters; *at;) {
         struct waiter *w = *at;
+        int attached = w->kind == WAIT_ATTACH ? mirror_attached(w->region) : 1;
+        if (attached <= 0) {
+            waiter_free(at, attached);
+            continue;
+        }
+        if (w->kind == WAIT_ATTACH) {
+            at = &w->next;
+            continue;
+        }
         bool maps = w->kind == WAIT_RETIRE || w->kind == WAIT_BYE;
         if (bad && w->kind == WAIT_SYNC)
             waiter_free(at, -EIO);
@@ -156,6 +165,21 @@ void waiter_new(struct group *g, enum waiter_kind kind, struct answer *a, const 
     if (g->degraded && kind == WAIT_SYNC && w->loss != CONTROL_LOSS_BLOCK && !last_pass(g))
         let_go(g, at);
     group_kick(g);
+}
+
+void waiter_attach(struct group *g, struct answer *a, const struct program *p, const struct region *r)
+{
+    struct waiter *w = calloc(1, sizeof *w);
+    if (!w) {
+        answer_drop(a, -ENOMEM);
+        return;
+    }
+    *w = (struct waiter){.kind = WAIT_ATTACH, .answer = a, .region = r, .next = g->waiters, .since = group_now(g)};
+    w->scan_only = w->assigned = w->scanned = w->captured = true;
+    w->loss = p->loss;
+    w->timeout_ms = p->timeout_ms;
+    g->waiters = w;
+    group_settle(g);
 }
 
 void group_forget_program(struct group *g, const struct program *p)
@@ -221,7 +245,7 @@ static bool region_ready(const struct region *r)
     if (!region_takes_part(r) || (!r->body && r->attach != ATTACH_ASKED))
         return true;
     if (r->attach == ATTACH_DONE)
-        return true;
+        return !r->body || !r->body->mount || !r->body->refetch;
     return r->link->state != LINK_UP && r->held_before && r->body && !r->body->refetch && !id_none(&r->body->lineage);
 }
 
@@ -241,6 +265,8 @@ static bool wants(const struct group *g, bool *scan)
     bool publish = g->wanted || g->due;
     *scan = false;
     for (const struct waiter *w = g->waiters; w; w = w->next) {
+        if (w->kind == WAIT_ATTACH)
+            continue;
         publish |= !w->captured && !(w->scan_only && w->scanned);
         *scan |= !w->scanned && w->kind != WAIT_SYNC && w->kind != WAIT_TOOL;
     }
@@ -394,6 +420,10 @@ static void time_over(struct group *g, uint64_t now)
             at = &w->next;
             continue;
         }
+        if (w->kind == WAIT_ATTACH) {
+            waiter_free(at, -ETIMEDOUT);
+            continue;
+        }
         if (w->loss == CONTROL_LOSS_BLOCK) {
             if (!g->said)
                 group_notice(
@@ -437,6 +467,8 @@ void group_tick(struct group *g, uint64_t now)
 {
     time_over(g, now);
     long_down(g, now);
+    for (struct region *r = g->regions; r; r = r->next_group)
+        mirror_look(r);
     if (g->link->state == LINK_UP && now >= g->retry_at)
         for (struct region *r = g->regions; r; r = r->next_group)
             if (((r->attach == ATTACH_LOOSE && (r->body || r->held_before || r->doomed)) ||

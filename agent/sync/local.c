@@ -61,7 +61,7 @@ static bool all_acknowledged(const struct local *l)
                 return false;
             for (const struct region *r = g->regions; r; r = r->next_group)
                 if (r->attach == ATTACH_ASKED || r->attach == ATTACH_HASHING ||
-                    (r->body && !r->body->killed && r->body->dirty.count && region_takes_part(r)))
+                    (r->body && r->body->mount && body_held(r->body)) || (r->body && !r->body->killed && r->body->dirty.count && region_takes_part(r)))
                     return false;
         }
     return true;
@@ -76,6 +76,7 @@ static void local_free(struct local *l)
     while (l->links) {
         struct link *k = l->links;
         l->links = k->next;
+        page_link_free(k);
         while (k->groups) {
             struct group *g = k->groups;
             k->groups = g->next;
@@ -89,7 +90,6 @@ static void local_free(struct local *l)
             free(r->path);
             free(r);
         }
-        page_link_free(k);
         free(k->address);
         free(k);
     }

@@ -124,6 +124,13 @@ static bool changed_since(const struct body *b)
 
 static struct body *body_for(struct program *p, struct region *r, const struct control_region *m, int passed)
 {
+    struct mount *t = passed >= 0 ? page_mount_of(p->link, passed) : NULL;
+    if (t || (r->body && r->body->mount && region_takes_part(r))) {
+        int rc = mirror_body(p, r, m, passed, t);
+        p->refused = rc ? m->region : p->refused;
+        p->refusal = rc ? rc : p->refusal;
+        return rc ? NULL : r->body;
+    }
     if (r->body && r->body->dev == m->dev && source_same(&r->body->source, &m->source)) {
         if (!m->fresh || (!r->body->uses && changed_since(r->body)))
             r->body->unknown = true;
@@ -174,6 +181,8 @@ static int on_region(struct program *p, struct message *msg)
     static struct control_region m;
     if (control_region_get(msg->data, msg->len, &m) || use_of(p, m.region))
         return -EPROTO;
+    struct id lineage;
+    uint64_t epoch;
     const char *fault = name_fault(m.name);
     if (fault) {
         program_notice(p, "%s: its region name \"%s\" %s: not replicated", m.path, m.name, fault);
@@ -199,8 +208,10 @@ static int on_region(struct program *p, struct message *msg)
         r->reason[0] = 0;
     }
     if (b != before) {
-        if (r->attach == ATTACH_DONE && r->vacant && r->group)
+        if (r->attach == ATTACH_DONE && r->vacant && r->group && !b->mount)
             region_create(r);
+        else if (r->attach == ATTACH_DONE && r->vacant && r->group && page_made(b->mount, &lineage, &epoch))
+            mirror_make(r);
         else if (r->attach != ATTACH_ASKED)
             r->attach = ATTACH_LOOSE;
     }
@@ -357,7 +368,11 @@ static int on_sync(struct program *p, struct message *msg)
     struct answer *a = answer_new(p, m.slot);
     if (!a)
         return -ENOMEM;
-    if (g)
+    if (g && u->body->mount && mirror_attached(u->body->region) && !(u->body->joined && u->body->region->attach == ATTACH_DONE && !page_writable(u->body)))
+        waiter_attach(g, a, p, u->body->region);
+    else if (!u && m.region == p->refused)
+        answer_drop(a, p->refusal);
+    else if (g)
         waiter_new(g, WAIT_SYNC, a, p, u->body->region->terms.ack, 0, 0, false);
     else
         answer_drop(a, 0);
@@ -377,6 +392,8 @@ static int on_release(struct program *p, struct message *msg)
     if (u->marks)
         marks_collect(u->marks, b);
     use_end(u);
+    if (b->mount && b->region && !b->uses && !b->joined)
+        region_let_go(b->region);
     body_drop(b);
     return 0;
 }

@@ -111,6 +111,7 @@ struct region {
     struct body *body;
     char reason[640];
     int64_t since; /* of the reason, seconds since 1970 */
+    int refusal;   /* REFUSED, of a mirror: what its opening is answered */
 };
 
 struct body {
@@ -138,6 +139,10 @@ struct body {
     struct watch *watch; /* once a use was found by events; NULL before, and where there can be none */
     int64_t killed_at;   /* seconds since 1970 */
     const char *tracker;
+    struct mount *mount; /* its file is that one's memfd: a mirror; NULL: an ordinary file */
+    bool mirror;         /* stays, when the mount goes */
+    uint64_t base;       /* of a mirror: holes before it are not ours to publish. Jobs read it, atomically */
+    bool joined;         /* of a mirror: was attached once */
 };
 
 struct use {
@@ -152,7 +157,7 @@ struct use {
     size_t nmaps, maps_cap;
 };
 
-enum waiter_kind { WAIT_SYNC, WAIT_RETIRE, WAIT_BYE, WAIT_TOOL };
+enum waiter_kind { WAIT_SYNC, WAIT_RETIRE, WAIT_BYE, WAIT_TOOL, WAIT_ATTACH /* for a mirror, by its first SYNC */ };
 
 /* A slot to be answered once all that was asked for it is done. */
 struct answer {
@@ -173,6 +178,7 @@ struct waiter {
     bool assigned, scanned, captured;
     uint64_t seq, since;
     uint64_t addr, len; /* RETIRE */
+    const struct region *region; /* ATTACH */
 };
 
 struct program {
@@ -196,6 +202,8 @@ struct program {
     bool eager_said;
     bool watch;                   /* stands for `memsync watch`: no socket */
     bool unwatched;               /* it was told that its files' events cannot be had */
+    uint32_t refused;             /* its last mirror that could not be opened for writing; and why */
+    int refusal;
 };
 
 struct item {
@@ -304,8 +312,21 @@ void region_create(struct region *r); /* its body comes to be at the remote unde
 void region_reason(struct region *r, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void region_attached(struct region *r, const struct frame_attached *a);
 bool region_takes_part(const struct region *r); /* neither refused nor fenced */
+void region_compare(struct region *r);          /* with what the remote has, by hashes */
 const char *region_state(const struct region *r);
 void bodies_trim(struct local *l); /* keeps block hashes within bounds: of those at rest the oldest are let go */
+
+/* mirror.c */
+/* REGION: the body of r is t's memfd from now on. 0, or a negative errno, and the program was told. */
+int mirror_body(struct program *p, struct region *r, const struct control_region *m, int passed, struct mount *t);
+void mirror_answer(struct region *r);                     /* ATTACHED, for a body that has not joined */
+void mirror_held(struct region *r, const char *holder);   /* likewise */
+void mirror_fenced(struct region *r, const char *why);
+void mirror_make(struct region *r);                       /* it comes to be at the remote */
+int mirror_attached(const struct region *r);              /* 0; 1: not yet; or a negative errno */
+void mirror_look(struct region *r);
+bool body_held(const struct body *b);     /* a mirror's: the remote has not got all of it */
+void region_let_go(struct region *r);     /* its body goes, the region stays as it is at the remote; gives up the lease */
 
 /* link.c */
 void link_tick(struct link *k, uint64_t now);
@@ -327,6 +348,7 @@ void group_degrade(struct group *g, const char *format, ...) __attribute__((form
 void group_forget_program(struct group *g, const struct program *p);
 void waiter_new(struct group *g, enum waiter_kind kind, struct answer *a, const struct program *p, uint8_t ack,
                 uint64_t addr, uint64_t len, bool scan_only);
+void waiter_attach(struct group *g, struct answer *a, const struct program *p, const struct region *r);
 void group_free(struct group *g); /* at the very end */
 void group_captured(struct group *g);
 

@@ -263,6 +263,10 @@ void program_gone(struct program *p)
             b->unknown = b->killed = true;
         if (died && b->dirty.count)
             b->killed = true;
+        if (b->killed && b->mount && b->region && b->joined) { /* no file will be found later */
+            b->refetch = true;
+            b->region->group->wanted = true;
+        }
         if (b->killed)
             b->killed_at = (int64_t)time(NULL);
         use_end(u);

@@ -13,6 +13,7 @@
  * had it before */
 #include "agent/sync/reconcile.h"
 #include "agent/base/log.h"
+#include "agent/page/page.h"
 
 #include <errno.h>
 #include <stdarg.h>
@@ -173,7 +174,7 @@ void region_create(struct region *r)
         group_op(r->group, FRAME_OP_CREATE, r, NULL, b);
 }
 
-static void compare(struct region *r)
+void region_compare(struct region *r)
 {
     struct body *b = r->body;
     b->lineage = r->there.lineage;
@@ -207,7 +208,7 @@ static void first_answer(struct region *r)
     struct body *b = r->body;
     const char *why = foreign(r, &b->source);
     if (!why) {
-        compare(r);
+        region_compare(r);
         return;
     }
     bool ours = id_same(&r->there.writer, &r->link->local->identity);
@@ -239,14 +240,16 @@ static void later_answer(struct region *r)
     bool exists = r->there.status == FRAME_ATTACH_EXISTS, ours = id_same(&r->there.writer, &r->link->local->identity);
     if (!b->refetch) {
         r->attach = ATTACH_DONE;
-    } else if (exists && !ours) {
+    } else if (b->mount && (!exists || (!ours && r->there.epoch != b->durable) || !id_same(&r->there.lineage, &b->lineage))) {
+        mirror_fenced(r, exists ? "was written by another host meanwhile" : "is not there any more");
+    } else if (exists && !ours && !b->mount) {
         region_reason(r,
                       "fenced: region %s at %s was written by another host meanwhile; what this program stores is no "
                       "longer replicated",
                       r->name, r->link->address);
         refuse(r, ATTACH_FENCED);
     } else if (exists && id_same(&r->there.lineage, &b->lineage)) {
-        compare(r);
+        region_compare(r);
     } else {
         region_create(r);
     }
@@ -274,10 +277,14 @@ void region_attached(struct region *r, const struct frame_attached *a)
     r->there = *a;
     r->fence = a->fence;
     r->attach = ATTACH_LOOSE;
-    if (a->status == FRAME_ATTACH_HELD && r->held_before) {
+    if (a->status == FRAME_ATTACH_HELD && r->body && r->body->mount && !r->body->joined) {
+        mirror_held(r, a->holder);
+    } else if (a->status == FRAME_ATTACH_HELD && r->held_before) {
         region_reason(r, "fenced: %s now writes region %s at %s; what this program stores is no longer replicated",
                       a->holder, r->name, r->link->address);
         refuse(r, ATTACH_FENCED);
+        if (r->body)
+            page_lost(r->body, "another host writes it now");
     } else if (a->status == FRAME_ATTACH_HELD) {
         r->retry_at = uv_now(r->link->local->loop) + HELD_RETRY_MS;
         r->attach = ATTACH_REFUSED;
@@ -299,6 +306,8 @@ void region_attached(struct region *r, const struct frame_attached *a)
         r->vacant = a->status == FRAME_ATTACH_NONE;
         if (!r->body)
             nobody_here(r);
+        else if (r->body->mount && !r->body->joined)
+            mirror_answer(r);
         else if (!id_none(&r->body->lineage))
             later_answer(r);
         else if (a->status == FRAME_ATTACH_NONE)

@@ -1,6 +1,7 @@
 /* How a group's epochs travel: in the order of their numbers, each as a whole, the one that is still being captured as
  * it grows; and what the remote's answers do to the queue. */
 #include "agent/sync/capture.h"
+#include "agent/page/page.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -150,6 +151,8 @@ void group_pop_durable(struct group *g)
         b->plain = false;
         if (e->touched[i].number > b->durable)
             b->durable = e->touched[i].number;
+        if (b->mount)
+            page_durable(b);
     }
     epoch_free(e);
 }

@@ -9,6 +9,7 @@
 static void hole(const struct track_file *file, uint64_t start, uint64_t end, struct extents *out)
 {
     const struct hashes *h = file->published;
+    start = start > file->holes_from ? start : file->holes_from;
     for (uint64_t p = hashes_next(h, start / PAGE); p < h->pages && p * PAGE < end; p = hashes_next(h, p + 1))
         extents_add(out, p * PAGE, (p + 1) * PAGE);
 }

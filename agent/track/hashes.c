@@ -183,6 +183,12 @@ void hashes_take(struct hashes *h, uint64_t page, const uint8_t *data, size_t pa
     }
 }
 
+void hashes_doubt(struct hashes *h, uint64_t from, uint64_t to)
+{
+    for (; from < to; from++)
+        hashes_set(h, from, HASH_UNKNOWN);
+}
+
 static void zero_entries(struct page_hash *at, uint64_t from, uint64_t to)
 {
     uint64_t a_page = PAGE / sizeof *at, first = (from + a_page - 1) / a_page * a_page, last = to / a_page * a_page;

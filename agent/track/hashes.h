@@ -65,6 +65,7 @@ void hashes_set(struct hashes *h, uint64_t page, struct page_hash v); /* within 
 /* Pages from the `page`th on are these now. Of those that differ, the blocks are forgotten. */
 void hashes_take(struct hashes *h, uint64_t page, const uint8_t *data, size_t pages);
 void hashes_clear(struct hashes *h, uint64_t from, uint64_t to); /* pages from .. to are zeros */
+void hashes_doubt(struct hashes *h, uint64_t from, uint64_t to); /* pages from .. to, within the room, are UNKNOWN */
 /* The region was cut to size bytes: zeros beyond, the page across it unknown. */
 void hashes_cut(struct hashes *h, uint64_t size);
 void hashes_free(struct hashes *h);

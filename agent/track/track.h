@@ -24,6 +24,7 @@ struct track_file {
     int fd;
     uint64_t size;
     const struct hashes *published;
+    uint64_t holes_from; /* holes before it say nothing of the content: a mirror's, which were not fetched */
     bool clock;  /* the clock wants to know, and no sync point waits for it: stores may be left to the next one */
     bool events; /* the file had events since the last look (watch.h) */
 };
