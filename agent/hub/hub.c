@@ -180,6 +180,7 @@ static const struct store_ops ops = {
     .pin_live = hub_pin_live,
     .pin_changed = hub_pin_changed,
     .pin_read = hub_pin_read,
+    .pin_read_now = hub_pin_read_now,
     .pin_hash = hub_pin_hash,
     .pin_extents = hub_pin_extents,
     .unpin = hub_unpin,

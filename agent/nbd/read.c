@@ -80,13 +80,11 @@ static void reading_end(struct reading *q)
     view_drop(q->nbd, q->view);
     free(q);
     c->requests--;
-    conn_pump(c);
-    conn_drop(c);
 }
 
-static void on_piece(void *arg, int err, struct buf *data)
+/* What came of a piece. True: it was the last. */
+static bool piece_take(struct piece *p, int err, struct buf *data)
 {
-    struct piece *p = arg;
     struct reading *q = p->of;
     if (!err && data->len < p->len)
         err = -EIO;
@@ -102,8 +100,18 @@ static void on_piece(void *arg, int err, struct buf *data)
         buf_drop(data);
         conn_paid(q->conn, p->len);
     }
-    if (!--q->left)
-        reading_end(q);
+    return !--q->left;
+}
+
+static void on_piece(void *arg, int err, struct buf *data)
+{
+    struct piece *p = arg;
+    struct nbd_conn *c = p->of->conn;
+    if (!piece_take(p, err, data))
+        return;
+    reading_end(p->of);
+    conn_pump(c);
+    conn_drop(c);
 }
 
 void read_begin(struct nbd_conn *c, const struct nbd_request *r)
@@ -127,6 +135,14 @@ void read_begin(struct nbd_conn *c, const struct nbd_request *r)
     conn_hold(c);
     c->requests++;
     conn_owe(c, r->len);
+    struct buf *now = store_pin_read_now(v->pin, r->offset, r->len);
+    if (now) { /* it is one piece then */
+        q->piece[0] = (struct piece){.of = q, .offset = r->offset, .len = r->len};
+        piece_take(&q->piece[0], 0, now);
+        reading_end(q);
+        conn_drop(c);
+        return;
+    }
     for (uint32_t i = 0; i < pieces; i++) {
         uint32_t at = i * NBD_PIECE, n = r->len - at < NBD_PIECE ? r->len - at : NBD_PIECE;
         q->piece[i] = (struct piece){.of = q, .offset = r->offset + at, .len = n};

@@ -396,6 +396,20 @@ void volume_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, uint3
     read_add(q);
 }
 
+struct buf *volume_pin_read_now(struct store_pin *pin, uint64_t offset, uint32_t len)
+{
+    struct store *s = pin->s;
+    struct pin_read q = {.pin = pin, .offset = offset, .len = len};
+    uint64_t barrier = pin->live ? s->durable_no : pin->barrier;
+    if (barrier > s->applied_no || s->failed || stale(pin))
+        return NULL;
+    read_at_once(&q);
+    if (q.whole)
+        return q.data;
+    buf_drop(q.data);
+    return NULL;
+}
+
 int volume_pin_extents(struct store_pin *pin, uint64_t offset, uint32_t len,
                        void (*done)(void *arg, int err, struct buf *extents), void *arg)
 {

@@ -289,6 +289,7 @@ const struct store_ops volume_store_ops = {
     .pin_live = volume_pin_live,
     .pin_changed = volume_pin_changed,
     .pin_read = volume_pin_read,
+    .pin_read_now = volume_pin_read_now,
     .pin_hash = volume_pin_hash,
     .pin_extents = volume_pin_extents,
     .unpin = volume_unpin,
