@@ -583,6 +583,80 @@ static void a_live_pin_follows_its_owner(void **state)
     store_unpin(pin);
 }
 
+struct told_extents {
+    bool told;
+    int err;
+    struct buf *b;
+};
+
+static void on_extents(void *arg, int err, struct buf *b)
+{
+    *(struct told_extents *)arg = (struct told_extents){true, err, b};
+}
+
+/* The pin's map from..1 MiB: data in the 64 KiB at `at`, holes else, but for what may be either up to `loose`. (Less than 64 KiB a file system may fill up.) */
+#define MAPPED 65536u
+static void expect_map(struct kit *k, struct store_pin *pin, uint64_t from, uint64_t at, uint64_t loose)
+{
+    struct told_extents t = {0};
+    const uint64_t end = 1 << 20, stop = at + MAPPED;
+    assert_int_equal(store_pin_extents(pin, from, (uint32_t)(end - from), on_extents, &t), 0);
+    while (!t.told)
+        uv_run(&k->loop, UV_RUN_ONCE);
+    assert_int_equal(t.err, 0);
+    const struct store_extent *e = (const void *)t.b->data;
+    size_t n = t.b->len / sizeof *e;
+    for (uint64_t i = from; i < end; i += FRAME_PAGE) {
+        if (i >= e->end) {
+            e++;
+            assert_true(--n);
+        }
+        if (e->hole ? i >= at && i < stop : i < at || i >= (loose > stop ? loose : stop))
+            fail_msg("page at %llu: %s", (unsigned long long)i, e->hole ? "a hole" : "data");
+    }
+    assert_int_equal(n, 1);
+    assert_int_equal(e->end, end);
+    buf_drop(t.b);
+}
+
+/* Whether it can be read without waiting: what it is, then. */
+static bool expect_now(struct store_pin *pin)
+{
+    struct buf *now = store_pin_read_now(pin, 524288 - 10, 20);
+    for (uint32_t i = 0; now && i < 20; i++)
+        assert_int_equal(now->data[i], i < 10 ? 0 : 'b');
+    bool there = now;
+    buf_drop(now);
+    return there;
+}
+
+static void maps_are_as_of_the_pin(void **state)
+{
+    struct kit *k = *state;
+    struct store_txn *t = kit_txn(k);
+    assert_int_equal(kit_op(k, t, FRAME_OP_CREATE, 0, 0), 0);
+    assert_int_equal(kit_region(k, t, 0, 1, UINT64_MAX, 1 << 20), 0);
+    for (uint64_t at = 0; at < MAPPED; at += MAPPED / 2)
+        assert_int_equal(kit_pages(k, t, 0, 65536 + at, MAPPED / 2, 'a'), 0);
+    assert_int_equal(kit_commit(k, t), 0);
+    struct store_pin *one = pin_it(k, 1, 1 << 20);
+    expect_map(k, one, 0, 65536, 0);
+    expect_map(k, one, 69632, 65536, 0);
+    t = kit_txn(k);
+    assert_int_equal(kit_region(k, t, 0, 2, UINT64_MAX, 1 << 20), 0);
+    assert_int_equal(kit_pages(k, t, 0, 0, 262144, 0), 0);
+    for (uint64_t at = 0; at < MAPPED; at += MAPPED / 2)
+        assert_int_equal(kit_pages(k, t, 0, 524288 + at, MAPPED / 2, 'b'), 0);
+    assert_int_equal(kit_commit(k, t), 0);
+    struct store_pin *two = pin_it(k, 2, 1 << 20);
+    expect_now(two); /* it may not be in the file yet */
+    expect_map(k, two, 0, 524288, 0);
+    expect_map(k, one, 0, 65536, 262144); /* kept aside in pieces of that */
+    assert_true(expect_now(two) || !k->mem);
+    store_unpin(one);
+    store_unpin(two);
+}
+
 static void no_region_no_pin(void **state)
 {
     struct kit *k = *state;
@@ -613,6 +687,7 @@ int main(void)
         BOTH(trees_of_holes),
         BOTH(trees_beyond_the_budget),
         BOTH(a_live_pin_follows_its_owner),
+        BOTH(maps_are_as_of_the_pin),
         BOTH(no_region_no_pin),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
