@@ -172,7 +172,7 @@ case_fuse() {
     nbdfuse "$T/mnt/disk" "$DEVICE" 2>"$T/fuse.err" &
     mounted+=("$T/mnt")
     fused() { mountpoint -q "$T/mnt" && [ -s "$T/mnt/disk" ]; }
-    poll 10 fused || { mounted=(); skip "no FUSE mounts here: $(cat "$T/fuse.err")"; }
+    poll 10 fused || { mounted=(); say "SKIP: no FUSE mounts here: $(head -n 1 "$T/fuse.err")"; exit 77; }
     same "$T/image" "$T/mnt/disk"
     printf hello | dd of="$T/mnt/disk" bs=1 seek=70000 conv=notrunc,fsync status=none
     printf hello | dd of="$T/image" bs=1 seek=70000 conv=notrunc status=none
