@@ -24,7 +24,8 @@ int page_uffd(void);
 int page_uffd_watch(int uffd, void *at, size_t len);
 
 /* All of these take whole pages and go on over pages that are there already. 0; -ENOENT when the mapping is gone or
- * changed, -ESRCH when its process is, -ENOMEM, -EOPNOTSUPP when the kernel has no such call. */
+ * changed, -ESRCH when its process is, -EAGAIN when its address space goes on changing, -ENOMEM, -EOPNOTSUPP when the
+ * kernel has no such call. */
 int page_copy(int uffd, void *to, const void *from, size_t len);
 int page_zero(int uffd, void *to, size_t len);
 int page_poison(int uffd, uint64_t addr, uint64_t len);

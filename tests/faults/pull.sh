@@ -4,7 +4,7 @@
 # timeout: 300
 . "$(dirname "$0")/../lib.sh"
 
-cases=(agent_killed_mapped agent_killed_read agent_killed_threads link_cut forked_orphan fetch_timeout)
+cases=(agent_killed_mapped agent_killed_read agent_killed_threads link_cut forked_orphan gone_over_exec fetch_timeout)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
 far=$W/far
@@ -69,6 +69,27 @@ forked_orphan) # the parent is gone when the child reads, and then the agent
         kill_local
     done
     poll 60 grep -qx done "$T/read" || fail "the child has not ended: $(tail -n 1 "$T/read") $(cat "$T/read.err")"
+    ;;
+gone_over_exec) # a program that is handed an open file whose epoch nobody has any more: an error, and why
+    requires dash
+    setup
+    pipes gone
+    # The shell between the two is none of ours, so that nobody keeps what was fetched.
+    pull MEMSYNC_PROGRAMS=bash:cat -- bash -c 'exec 5<"$1"; exec dash -c "echo ready; read -r go; exec cat <&5"' - "$far" <>"$T/gone.in" >"$T/read" 2>"$T/read.err" &
+    READER=$!
+    poll 30 grep -q ready "$T/read" || fail "the reader is not ready: $(cat "$T/read.err")"
+    kill_local
+    kill_remote
+    head -c 5000000 /dev/urandom >"$T/near"
+    LISTEN=$REMOTE start_remote
+    memsync import --force "$T/near" "${far#/}" >"$T/import.out" 2>&1 || fail "import: $(cat "$T/import.out")"
+    say go >"$T/gone.in"
+    ! wait "$READER" || fail "it is read"
+    [ "$(cat "$T/read")" = ready ] || fail "it has read $(wc -c <"$T/read") bytes"
+    grep -q 'cat: .*Stale file handle' "$T/read.err" || fail "cat says: $(cat "$T/read.err")"
+    grep -q 'memsync: .*not kept any more' "$T/read.err" || fail "not said: $(cat "$T/read.err")"
+    pull -- cat "$far" >"$T/read"
+    same "$T/near" "$T/read"
     ;;
 fetch_timeout) # an unfetchable page: SIGBUS for a load, EIO for a call, and a line
     setup

@@ -8,13 +8,21 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -316,12 +324,95 @@ static void test_filling(void **state)
     free(bytes);
 }
 
+static int watched(uint64_t features, void *at)
+{
+    int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+    struct uffdio_api api = {.api = UFFD_API, .features = features};
+    if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api) || page_uffd_watch(uffd, at, AREA))
+        return -1;
+    return uffd;
+}
+
+static void *drop_first_page(void *at)
+{
+    madvise(at, PAGE_SIZE, MADV_DONTNEED); /* stands still until its event is read */
+    return NULL;
+}
+
+static bool event_waits(int uffd)
+{
+    struct pollfd p = {.fd = uffd, .events = POLLIN};
+    return poll(&p, 1, 10000) == 1;
+}
+
+/* EAGAIN: nothing is put into an address space that is changing; what was asked for stays to be done. */
+static void test_changing(void **state)
+{
+    (void)state;
+    uint8_t *at = mmap(NULL, AREA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), *bytes = malloc(AREA);
+    int uffd = watched(UFFD_FEATURE_EVENT_REMOVE, at);
+    if (uffd < 0)
+        skip();
+    memset(bytes, 'c', AREA);
+    assert_int_equal(page_copy(uffd, at, bytes, PAGE_SIZE), 0);
+    pthread_t t;
+    assert_int_equal(pthread_create(&t, NULL, drop_first_page, at), 0);
+    assert_true(event_waits(uffd));
+    assert_int_equal(page_copy(uffd, at + PAGE_SIZE, bytes, PAGE_SIZE), -EAGAIN);
+    assert_int_equal(page_zero(uffd, at + PAGE_SIZE, PAGE_SIZE), -EAGAIN);
+    uint64_t addr[4];
+    assert_int_equal(page_faults(uffd, addr, 4), 0); /* the event, which is no fault */
+    assert_int_equal(pthread_join(t, NULL), 0);
+    assert_int_equal(page_copy(uffd, at, bytes, AREA), 0);
+    assert_int_equal(at[0] + at[AREA - 1], 2 * 'c');
+    close(uffd);
+    munmap(at, AREA);
+    free(bytes);
+}
+
+/* ESRCH: the process is gone, its descriptor is not. */
+static void test_gone(void **state)
+{
+    (void)state;
+    struct shared {
+        int uffd; /* the child's number of it */
+    } *s = mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    uint8_t *at = mmap(NULL, AREA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), *bytes = malloc(AREA);
+    s->uffd = -2;
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (!child) {
+        __atomic_store_n(&s->uffd, watched(0, at), __ATOMIC_SEQ_CST);
+        for (;;)
+            pause();
+    }
+    while (__atomic_load_n(&s->uffd, __ATOMIC_SEQ_CST) == -2)
+        sched_yield();
+    int process = (int)syscall(SYS_pidfd_open, child, 0);
+    int uffd = s->uffd < 0 || process < 0 ? -1 : (int)syscall(SYS_pidfd_getfd, process, s->uffd, 0);
+    if (uffd >= 0)
+        assert_int_equal(page_copy(uffd, at, bytes, PAGE_SIZE), 0);
+    assert_true(!kill(child, SIGKILL) && waitpid(child, NULL, 0) == child);
+    if (uffd < 0)
+        skip();
+    assert_int_equal(page_copy(uffd, at + PAGE_SIZE, bytes, PAGE_SIZE), -ESRCH);
+    assert_int_equal(page_zero(uffd, at + PAGE_SIZE, PAGE_SIZE), -ESRCH);
+    int rc = page_poison(uffd, (uintptr_t)at + PAGE_SIZE, PAGE_SIZE);
+    assert_true(rc == -ESRCH || rc == -EOPNOTSUPP);
+    assert_int_equal(page_wake(uffd, (uintptr_t)at, AREA), 0);
+    close(uffd);
+    close(process);
+    munmap(at, AREA);
+    munmap(s, PAGE_SIZE);
+    free(bytes);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_sets),    cmocka_unit_test(test_windows),  cmocka_unit_test(test_background),
         cmocka_unit_test(test_follows), cmocka_unit_test(test_recorded), cmocka_unit_test(test_orders),
-        cmocka_unit_test(test_filling),
+        cmocka_unit_test(test_filling), cmocka_unit_test(test_changing), cmocka_unit_test(test_gone),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
