@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# make demo: an unmodified program's LMDB database is replicated to a second agent while it runs, and compared. BUILD=DIR: where the parts are.
+# make demo: an unmodified program's LMDB database is replicated to a second agent while it runs, compared, and read back from there by page faults. BUILD=DIR: where the parts are.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 build=$(realpath "${BUILD:-build}")
@@ -86,14 +86,25 @@ exec 9>&-
 wait "$app" || fail "the program has failed"
 app=
 
-heading "4. Both agents stopped: the replica is a plain file"
+heading "4. And back: the region at a path where there is no file"
+cat <<COMMAND
+\$ LD_PRELOAD=libmemsync_preload.so MEMSYNC_REMOTE=$remote MEMSYNC_REGIONS=\$PWD/there.mdb=pull,name=db mdb_dump -n there.mdb
+COMMAND
+LD_PRELOAD=$build/libmemsync_preload.so MEMSYNC_REMOTE=$remote MEMSYNC_REGIONS="$work/there.mdb=pull,name=db" mdb_dump -n "$work/there.mdb" >"$work/dumped" ||
+    fail "mdb_dump of the pulled region has failed"
+[ ! -e "$work/there.mdb" ] || fail "there is a file"
+records() { sed -n '/^HEADER=END/,/^DATA=END/p' | sha256sum; }
+[ "$(records <"$work/dumped")" = "$(mdb_dump "$work/db" | records)" ] || fail "the pulled region's records differ"
+printf '%s records, the same; nothing of it is on this disk:\n' "$(grep -c '^ 6b6579' "$work/dumped")"
+printf '$ ls there.mdb\n%s\n' "$(cd "$work" && LC_ALL=C ls there.mdb 2>&1)"
+
+heading "5. Both agents stopped: the replica is a plain file"
 "$build/memsync" stop >/dev/null
 kill "$remote_pid"
 wait "$remote_pid" || fail "the remote agent has failed"
 remote_pid=
 (cd "$work" && sha256sum db/data.mdb replica/db) | tee "$work/sums"
 [ "$(cut -d' ' -f1 "$work/sums" | uniq | wc -l)" = 1 ] || fail "the replica differs"
-records() { mdb_dump -n "$1" | sed -n '/^HEADER=END/,/^DATA=END/p' | sha256sum; }
 count=$(mdb_dump -n "$work/replica/db" | grep -c '^ 6b6579') || fail "mdb_dump cannot read the replica"
-[ "$(records "$work/replica/db")" = "$(mdb_dump "$work/db" | sed -n '/^HEADER=END/,/^DATA=END/p' | sha256sum)" ] || fail "the replica's records differ"
+[ "$(mdb_dump -n "$work/replica/db" | records)" = "$(mdb_dump "$work/db" | records)" ] || fail "the replica's records differ"
 printf '$ mdb_dump -n replica/db\n%s records, the same as in the original\n' "$count"
