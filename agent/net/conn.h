@@ -75,6 +75,9 @@ struct conn *conn_take(uv_stream_t *stream, const struct frame_hello *self, cons
 void conn_send(struct conn *c, uint32_t stream, uint8_t type, struct buf *payload);
 void conn_set_priority(struct conn *c, uint32_t stream,
                        enum conn_priority p);              /* default CONN_NORMAL; stream 0 is always urgent */
+/* Dials until there are that many sockets: for one who is sent bulk over a long path. The bundle grows by itself only for
+ * what this end sends. */
+void conn_want(struct conn *c, unsigned sockets);
 size_t conn_queued(const struct conn *c, uint32_t stream); /* bytes not yet given to the kernel; stream 0: of all */
 void conn_credit(struct conn *c, uint32_t stream, uint32_t bytes);
 void conn_forget(struct conn *c, uint32_t stream); /* sends CLOSE, drops the queue */

@@ -3,7 +3,10 @@
  * It does when what is in flight is bounded by the buffers of our kernel or of the peer's, rather than by the network:
  * the sockets have been waiting for a buffer for most of the time in which they had something to send, and what they
  * deliver in a round trip is no small part of a buffer (a slow reader at the end of a short path is helped by nothing).
- * That is looked at once a second while bulk waits; a socket that brought less than a tenth more was the last. */
+ * That is looked at once a second while bulk waits; a socket that brought less than a tenth more was the last.
+ *
+ * Only the end that dials can add one, and sees nothing of what bounds the other: who is sent bulk says by conn_want what
+ * the path is worth. */
 #include "agent/net/conn_private.h"
 
 #include <errno.h>
@@ -38,6 +41,21 @@ void conn_grow(struct conn *c)
                  : uv_tcp_connect(&k->connect, (uv_tcp_t *)k->stream, (struct sockaddr *)&c->dialled, on_connected);
     if (k && rc < 0)
         sock_failed(k, rc);
+}
+
+void conn_want(struct conn *c, unsigned sockets)
+{
+    if (c->wanted >= sockets)
+        return;
+    c->wanted = sockets < CONN_SOCKETS ? sockets : CONN_SOCKETS;
+    conn_grow_on(c);
+}
+
+/* One after the other: a server may refuse them, or another one answer. */
+void conn_grow_on(struct conn *c)
+{
+    if (conn_sockets(c) < c->wanted)
+        conn_grow(c);
 }
 
 /* Adds what has happened on the socket since the last look. */

@@ -27,8 +27,10 @@ static void on_hello(struct sock *k, const struct buf *p)
     k->state = SOCK_OPEN;
     k->heard = true;
     conn_kick(c);
-    if (k->index)
+    if (k->index) {
+        conn_grow_on(c);
         return; /* our JOIN is out: from now on it carries bulk */
+    }
     c->state = CONN_OPEN;
     c->identity = peer.identity;
     c->token = peer.token;

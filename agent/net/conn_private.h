@@ -150,6 +150,7 @@ struct conn {
 
     bool bulk;       /* a stream was set to CONN_BULK */
     bool enough;     /* no more sockets */
+    unsigned wanted; /* conn_want */
     uint64_t looked; /* conn_grow.c: loop time, and the bundle's bytes a second before it last grew */
     double rate;
     bool grown;
@@ -217,6 +218,7 @@ void conn_round_pong(struct sock *k, uint64_t token);
 
 /* conn_grow.c */
 void conn_grow(struct conn *c); /* opens a further socket, if that is possible and there is none on its way */
+void conn_grow_on(struct conn *c); /* a further one is open: the next that conn_want asked for */
 void conn_grow_look(struct conn *c);
 
 #endif

@@ -101,6 +101,7 @@ void opening_ask(struct pager *g, struct opening *o)
     if (g->link->state != LINK_UP || o->request || o->mount)
         return;
     o->request = ++g->link->next_request;
+    o->sent = uv_hrtime();
     pin_send(g, o->request, o->how.name, o->epoch, &o->lineage, o->how.look ? 0 : HEAD_BYTES, false);
 }
 
@@ -381,6 +382,16 @@ void fetch_pump(struct pager *g)
     }
 }
 
+/* What is worth having under way over so long a path, before anything has come over it: 1 GB/s for a round trip. */
+static void ahead_begin(struct pager *g, uint64_t trip)
+{
+    uint64_t most = BULK_AHEAD_MAX / 2;
+    if (g->fastest == UINT64_MAX && trip > g->ahead)
+        g->ahead = trip < most ? trip : most;
+    if (trip > BULK_FAR_MS * 1000000u)
+        conn_want(g->link->conn, CONN_SOCKETS);
+}
+
 /* An answer to the background is whole: is there room for more under way, or too much? */
 static void ahead_adjust(struct pager *g, const struct read *r)
 {
@@ -541,6 +552,7 @@ static void take_pinned(struct pager *g, const struct buf *p)
     }
     if (!o)
         return violated(g, "a PINNED that nobody asked for");
+    ahead_begin(g, uv_hrtime() - o->sent);
     bool head = !o->how.look && e.size;
     m = opening_pinned(g, o, pin, &e);
     if (head)

@@ -59,6 +59,7 @@
 #define BULK_AHEAD_MIN (2u << 20)
 #define BULK_AHEAD_MAX (64u << 20) /* 1.6 GB/s over 40 ms; within the windows of the streams */
 #define BULK_SLACK_MS 3u
+#define BULK_FAR_MS 4u /* there and back: a socket's buffers are too small for such a path */
 #define DEMAND_READS 128u       /* under way: a server has SESSION_REQUESTS for a connection */
 #define HEAD_BYTES (256u << 10) /* comes with the pin; as much of the end is asked for next */
 #define MOUNT_SIZE_MAX (16ULL << 40)
@@ -173,6 +174,7 @@ struct opening {
     uint64_t epoch;   /* and lineage: that one and no other (RESUME); 0: the last */
     struct id lineage;
     uint64_t since;
+    uint64_t sent;       /* uv_hrtime */
     struct mount *mount; /* eager: is being filled */
     struct control_open how;
 };
