@@ -343,7 +343,7 @@ int hub_pin_changed(struct store_pin *pin, struct store_pin *later,
                     void (*done)(void *arg, int err, struct buf *data), void *arg);
 void hub_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, uint32_t room,
                   void (*done)(void *arg, int err, struct buf *data), void *arg);
-struct buf *hub_pin_read_now(struct store_pin *pin, uint64_t offset, uint32_t len);
+struct buf *hub_pin_read_now(struct store_pin *pin, uint64_t offset, uint32_t len, uint32_t room);
 void hub_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,
                   void (*done)(void *arg, int err, struct buf *data), void *arg);
 int hub_pin_extents(struct store_pin *pin, uint64_t offset, uint32_t len,

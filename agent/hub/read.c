@@ -361,11 +361,12 @@ void hub_remove(struct store *s, const char *name, const struct id *identity, bo
     wait_open(q);
 }
 
-struct buf *hub_pin_read_now(struct store_pin *pin, uint64_t offset, uint32_t len)
+struct buf *hub_pin_read_now(struct store_pin *pin, uint64_t offset, uint32_t len, uint32_t room)
 {
     (void)pin;
     (void)offset;
     (void)len;
+    (void)room;
     return NULL;
 }
 

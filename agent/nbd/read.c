@@ -135,7 +135,7 @@ void read_begin(struct nbd_conn *c, const struct nbd_request *r)
     conn_hold(c);
     c->requests++;
     conn_owe(c, r->len);
-    struct buf *now = store_pin_read_now(v->pin, r->offset, r->len);
+    struct buf *now = store_pin_read_now(v->pin, r->offset, r->len, 0);
     if (now) { /* it is one piece then */
         q->piece[0] = (struct piece){.of = q, .offset = r->offset, .len = r->len};
         piece_take(&q->piece[0], 0, now);

@@ -17,6 +17,7 @@
 #define SESSION_PINS 1024u /* a hub pins every region for its consistent cut */
 #define SESSION_REQUESTS 256u
 #define SESSION_PIECES 8u
+#define SESSION_AT_ONCE 4u /* and of those that are in memory, in a turn */
 #define SESSION_PENDING 16384u
 #define SESSION_UNREAD (64u << 20)  /* bytes of answers a peer may leave unread */
 #define SESSION_EPOCH_NOTES 262144u /* OP and REGION frames in one epoch: they are not under the window */

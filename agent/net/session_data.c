@@ -2,10 +2,11 @@
  * when it is sent, and when its memory is used again. The pieces of one READ go out in their order; zeros are put
  * together until something else comes.
  *
- * What is bulk is started from the server's idle handle: in a turn of the loop at most as many pieces of a session as
- * make SESSION_PIECES that are being read, and none for a stream that has CONN_LOW bytes waiting for the network (its
- * `drained` goes on). So a demanded page never finds the loop or the store's threads busy with more than that, and what
- * a slow peer has asked for is on the disk until it can go. */
+ * A piece that is in memory is read and queued at once, others by the store's threads. What is bulk is started from the
+ * server's idle handle: in a turn of the loop at most as many pieces of a session as make SESSION_PIECES that are being
+ * read, or SESSION_AT_ONCE of those in memory, and none for a stream that has CONN_LOW bytes waiting for the network
+ * (its `drained` goes on). So a demanded page never finds the loop or the store's threads busy with more than that, and
+ * what a slow peer has asked for is on the disk until it can go. */
 #include "agent/net/server_private.h"
 
 #include <errno.h>
@@ -62,6 +63,15 @@ static void read_free(struct request *r)
     session_request_free(r);
 }
 
+/* True: that was all of it, and it is gone. */
+static bool read_look(struct request *r)
+{
+    if (r->running || r->waiting || (r->started < r->count && !r->failed && r->session))
+        return false;
+    read_free(r);
+    return true;
+}
+
 static void on_piece(void *arg, int err, struct buf *data)
 {
     struct piece *p = arg;
@@ -78,19 +88,30 @@ static void on_piece(void *arg, int err, struct buf *data)
     if (s && r->bulk)
         s->pieces--;
     pieces_send(r);
-    if (!r->running && !r->waiting && (r->started == r->count || r->failed || !s))
-        read_free(r);
+    read_look(r);
     if (s)
         session_read_on(s);
 }
 
-static void piece_start(struct request *r)
+/* True: it is there already, in its place in front of the next. False: a thread reads it. */
+static bool piece_start(struct request *r)
 {
     struct piece *p = &r->pieces[r->started];
     uint32_t at = r->started++ * FRAME_DATA_MAX, left = r->len - at;
     *p = (struct piece){.request = r, .len = left < FRAME_DATA_MAX ? left : FRAME_DATA_MAX};
+    p->data = store_pin_read_now(r->pin->of->pin, r->offset + at, p->len, FRAME_DATA_HEAD);
+    p->done = p->data && p->data->len == FRAME_DATA_HEAD + p->len;
+    if (p->done) {
+        pieces_send(r);
+        return true;
+    }
+    buf_drop(p->data);
+    p->data = NULL;
     r->running++;
+    if (r->bulk)
+        r->session->pieces++;
     store_pin_read(r->pin->of->pin, r->offset + at, p->len, FRAME_DATA_HEAD, on_piece, p);
+    return false;
 }
 
 static bool can_go(const struct session *s, const struct request *r)
@@ -102,15 +123,13 @@ static bool can_go(const struct session *s, const struct request *r)
 static bool pieces_start(struct session *s)
 {
     struct request *r = TAILQ_FIRST(&s->bulk), *next;
-    for (; r && s->pieces < SESSION_PIECES; r = next) {
+    for (unsigned now = 0; r && s->pieces < SESSION_PIECES && now < SESSION_AT_ONCE; r = next) {
         next = TAILQ_NEXT(r, turn);
         if (!can_go(s, r))
             continue;
         bool wanted = !r->failed && r->stream;
-        if (wanted) {
-            piece_start(r);
-            s->pieces++;
-        }
+        if (wanted)
+            now += piece_start(r);
         if (wanted && r->started < r->count) {
             next = r;
             continue;
@@ -169,6 +188,7 @@ void session_read(struct session *s, uint32_t stream, struct pin *pin, const str
     } else {
         while (r->started < r->count)
             piece_start(r);
+        read_look(r);
     }
 }
 

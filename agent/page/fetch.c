@@ -194,12 +194,17 @@ bool fetch_demanded(const struct mount *m, uint64_t page)
 
 bool fetch_is_far(const struct mount *m, uint64_t page)
 {
-    uint64_t at = page * PAGE_SIZE, now = uv_hrtime();
+    uint64_t at = page * PAGE_SIZE;
     const struct pager *g = m->pager;
-    for (const struct read *r = g->reads; r; r = r->next)
-        if (r->mount == m && r->bulk && r->offset + r->got <= at && at < r->offset + r->len)
-            return g->usual > now - r->sent + g->fastest;
-    return false;
+    const struct read *r = g->reads;
+    while (r && !(r->mount == m && r->bulk && r->offset + r->got <= at && at < r->offset + r->len))
+        r = r->next;
+    if (!r)
+        return false;
+    uint64_t before = at - (r->offset + r->got);
+    for (const struct read *q = r->next; q; q = q->next) /* those that were asked for earlier */
+        before += q->bulk ? q->len - q->got : 0;
+    return (double)g->usual * (double)before > (double)g->trip * (double)g->bulk;
 }
 
 static bool can_demand(const struct mount *m)
@@ -431,6 +436,8 @@ static void take_data(struct pager *g, uint32_t stream, const struct buf *p)
     bool more = d.kind & FRAME_DATA_MORE;
     if (!d.len || d.len > r->len - r->got || more != (d.len < r->len - r->got) || (more && d.len % PAGE_SIZE))
         return violated(g, "a DATA that is not what was asked for");
+    if (!r->bulk && !r->got && r->sent)
+        g->trip = g->trip ? g->trip - g->trip / 8 + (uv_hrtime() - r->sent) / 8 : uv_hrtime() - r->sent;
     struct mount *m = r->mount;
     uint64_t at = r->offset + r->got, useful = at < r->limit ? r->limit - at : 0;
     int rc = m && useful ? mount_put(m, at, d.data, d.len < useful ? d.len : useful) : 0;
@@ -524,7 +531,7 @@ static void head_read(struct pager *g, struct mount *m, uint32_t request, uint64
     struct read *r = calloc(1, sizeof *r);
     if (!r)
         return violated(g, "no memory for what comes");
-    *r = (struct read){.next = g->reads, .mount = m, .request = request, .len = len, .limit = m ? m->base : 0, .sent = uv_hrtime()};
+    *r = (struct read){.next = g->reads, .mount = m, .request = request, .len = len, .limit = m ? m->base : 0}; /* sent: with the pin */
     r->since = uv_now(g->link->local->loop);
     g->reads = r;
     g->under[0] += len;
@@ -628,6 +635,7 @@ void page_link_up(struct link *k)
     g->ahead = BULK_AHEAD_FIRST;
     g->fastest = UINT64_MAX;
     g->usual = 0;
+    g->trip = 0;
     for (struct opening *o = g->openings; o; o = o->next)
         opening_ask(g, o);
     for (struct mount *m = g->mounts; m; m = m->next)

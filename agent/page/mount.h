@@ -154,7 +154,7 @@ struct read {
     uint64_t limit; /* what lies beyond is of no use any more: cut off meanwhile */
     uint32_t pin;
     uint64_t since; /* uv_now: when somebody began to wait; demand */
-    uint64_t sent;  /* uv_hrtime */
+    uint64_t sent;  /* uv_hrtime; 0: with the pin */
     bool bulk;
 };
 
@@ -189,6 +189,7 @@ struct pager {
     uint64_t under[1 + BULK_STREAMS];   /* bytes under way on each */
     uint64_t bulk, ahead;               /* bytes */
     uint64_t fastest, usual;            /* ns from a bulk READ to its last DATA */
+    uint64_t trip;                      /* ns from a demanding READ to its first DATA */
 };
 
 /* mount.c */
@@ -221,7 +222,8 @@ struct pager *pager_of(struct link *k);
 void fetch_pump(struct pager *g);
 void fetch_want(struct mount *m, uint64_t from, uint64_t to, uint64_t since); /* demand */
 bool fetch_demanded(const struct mount *m, uint64_t page);                    /* already */
-/* Of a page that was asked for in the background: a demand would have it here sooner. */
+/* Of a page that was asked for in the background: a demand would have it here sooner, as far as one can tell by what is
+ * under way before it. */
 bool fetch_is_far(const struct mount *m, uint64_t page);
 /* Answers when the bytes are all here; the answer's reference is taken over. */
 void fetch_range(struct mount *m, struct answer *a, uint64_t offset, uint64_t len);

@@ -396,10 +396,10 @@ void volume_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, uint3
     read_add(q);
 }
 
-struct buf *volume_pin_read_now(struct store_pin *pin, uint64_t offset, uint32_t len)
+struct buf *volume_pin_read_now(struct store_pin *pin, uint64_t offset, uint32_t len, uint32_t room)
 {
     struct store *s = pin->s;
-    struct pin_read q = {.pin = pin, .offset = offset, .len = len};
+    struct pin_read q = {.pin = pin, .offset = offset, .len = len, .room = room};
     uint64_t barrier = pin->live ? s->durable_no : pin->barrier;
     if (barrier > s->applied_no || s->failed || stale(pin))
         return NULL;

@@ -110,9 +110,9 @@ void store_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, uint32
     ops_behind(pin)->pin_read(pin, offset, len, room, done, arg);
 }
 
-struct buf *store_pin_read_now(struct store_pin *pin, uint64_t offset, uint32_t len)
+struct buf *store_pin_read_now(struct store_pin *pin, uint64_t offset, uint32_t len, uint32_t room)
 {
-    return ops_behind(pin)->pin_read_now(pin, offset, len);
+    return ops_behind(pin)->pin_read_now(pin, offset, len, room);
 }
 
 void store_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,

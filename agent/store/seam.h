@@ -32,7 +32,7 @@ struct store_ops {
     int (*pin_live)(struct store_pin *pin, const struct id *owner);
     void (*pin_read)(struct store_pin *pin, uint64_t offset, uint32_t len, uint32_t room,
                      void (*done)(void *arg, int err, struct buf *data), void *arg);
-    struct buf *(*pin_read_now)(struct store_pin *pin, uint64_t offset, uint32_t len);
+    struct buf *(*pin_read_now)(struct store_pin *pin, uint64_t offset, uint32_t len, uint32_t room);
     void (*pin_hash)(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh,
                      void (*done)(void *arg, int err, struct buf *data), void *arg);
     int (*pin_extents)(struct store_pin *pin, uint64_t offset, uint32_t len,

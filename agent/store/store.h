@@ -98,8 +98,8 @@ int store_pin_live(struct store_pin *pin, const struct id *owner);
 /* Reads up to the pinned size: short at its end. done(arg, 0 or negative errno, data or NULL); the buf is the callee's, and begins with `room` bytes that are
  * the callee's to fill: so that what is read need not be copied to be sent. */
 void store_pin_read(struct store_pin *pin, uint64_t offset, uint32_t len, uint32_t room, void (*done)(void *arg, int err, struct buf *data), void *arg);
-/* The same, answered here and now, without `room`, when nothing has to be waited for: what is not much and in memory. NULL: read it the other way. */
-struct buf *store_pin_read_now(struct store_pin *pin, uint64_t offset, uint32_t len);
+/* The same, answered here and now, when nothing has to be waited for: what is not much and in memory. NULL: read it the other way. */
+struct buf *store_pin_read_now(struct store_pin *pin, uint64_t offset, uint32_t len, uint32_t room);
 /* Nodes first .. first + count of a level of the region's hash tree (wire/frame.md), fewer at its end; level 0 are its pages. data is 16 bytes a node. The
  * tree is kept from then on, 17 bytes for each page with data; `fresh`: all pages below these nodes are read again. */
 void store_pin_hash(struct store_pin *pin, unsigned level, uint64_t first, uint32_t count, bool fresh, void (*done)(void *arg, int err, struct buf *data), void *arg);

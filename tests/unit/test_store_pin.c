@@ -622,7 +622,7 @@ static void expect_map(struct kit *k, struct store_pin *pin, uint64_t from, uint
 /* Whether it can be read without waiting: what it is, then. */
 static bool expect_now(struct store_pin *pin)
 {
-    struct buf *now = store_pin_read_now(pin, 524288 - 10, 20);
+    struct buf *now = store_pin_read_now(pin, 524288 - 10, 20, 0);
     for (uint32_t i = 0; now && i < 20; i++)
         assert_int_equal(now->data[i], i < 10 ? 0 : 'b');
     bool there = now;
