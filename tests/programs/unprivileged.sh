@@ -17,6 +17,9 @@ list() {
     for what in sums python buffers forks orders refused redirects; do
         say "pull.sh:$what"
     done
+    for what in calls maps forks execs streams python lmdb sqlite_wal; do
+        say "mirror.sh:$what"
+    done
     say badinput.sh:foreign_lineage
 }
 [ "${1:?a case, or list}" = list ] && { list; exit 0; }
