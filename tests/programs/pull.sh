@@ -4,7 +4,7 @@
 # timeout: 120
 . "$(dirname "$0")/../lib.sh"
 
-cases=(sums tools stdio redirects stats paths waits python numpy buffers locked shared eager forks lmdb sqlite ripgrep git refused rules orders)
+cases=(sums tools stdio redirects stats paths waits python numpy buffers locked shared many eager forks lmdb sqlite ripgrep git refused rules orders)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
 # There is no $W/far on this disk: what is opened below it is the remote's. The same files lie in $T/near.
@@ -127,6 +127,7 @@ except PermissionError as e:
     ;;
 locked)
     requires_root "to lock memory"
+    pull() { shim MEMSYNC_REGIONS="$far/**=pull,order=none" MEMSYNC_LOG_FILE="$T/said.err" "$@"; }
     pull -- "$BUILD/tests/programs/pulled" locked "$far/20000000" "$near/20000000"
     ;;
 shared) # programs that map one region: its bytes come once, from the moment it is opened
@@ -151,6 +152,38 @@ print(*[v[0][key] if len(v) == 1 else v for key in sys.argv[2:]])' "$T/status.js
     wait "$maps" || fail "maps"
     read -r fetched programs <<<"$(view fetched programs)"
     [ "$fetched" -lt 21500000 ] && [ "$programs" = 1 ] || fail "fetched $fetched bytes, for $programs programs still"
+    ;;
+many) # regions and processes at once: each has its own bytes, and is fetched once, but for what is waited for and was on its way
+    for i in {1..12}; do
+        random "many$i" $((300000 * i + i))
+        put "many$i"
+    done
+    (cd "$near" && sha256sum many*) >"$T/sums"
+    pids=()
+    for i in {1..6}; do
+        (cd "$T" && pull -- /usr/bin/python3 -c 'import hashlib, mmap, os, sys, threading
+far, expected, seed = sys.argv[1], dict(reversed(line.split()) for line in open(sys.argv[2])), int(sys.argv[3])
+right = []
+def one(name, mapped):
+    f = open(os.path.join(far, name), "rb")
+    data = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ) if mapped else f.read()
+    if hashlib.sha256(data).hexdigest() == expected[name]:
+        right.append(name)
+names = sorted(expected, key=lambda n: hash((n, seed)))
+threads = [threading.Thread(target=one, args=(n, (i + seed) % 2)) for i, n in enumerate(names)]
+for t in threads: t.start()
+for t in threads: t.join()
+sys.exit(0 if sorted(right) == sorted(expected) else "right: %s" % right)' "$far" "$T/sums" "$i") &
+        pids+=("$!")
+    done
+    for pid in "${pids[@]}"; do
+        wait "$pid" || fail "one has read something else"
+    done
+    memsync status --json >"$T/status.json" || true
+    /usr/bin/python3 -c 'import json, sys
+views = json.load(open(sys.argv[1]))["views"]
+assert len(views) == 12, len(views)
+assert all(v["fetched"] < v["size"] + (2 << 20) for v in views), views' "$T/status.json" || fail "more was fetched than there is: $(cat "$T/status.json")"
     ;;
 eager) # no userfaultfd: all of it is fetched before the open returns, and one line says so where that is waited for
     pull -- cat "$far/1" >"$T/got" # starts an agent that has it; the second is started by a program that has not

@@ -14,7 +14,7 @@ list() {
         say "plain.sh:$what/uffd/disk"
         say "plain.sh:$what/hash/disk"
     done
-    for what in sums python buffers forks orders refused redirects; do
+    for what in sums stdio python paths waits buffers forks shared many eager orders refused redirects; do
         say "pull.sh:$what"
     done
     for what in calls maps forks execs streams python lmdb sqlite_wal; do
