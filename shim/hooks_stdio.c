@@ -268,14 +268,14 @@ static FILE *reopened(const char *path, const char *mode, FILE *f, __typeof__(&f
         return call(path, mode, f);
     FILE *viewed;
     if (path && view_fopen(path, mode, &viewed)) {
-        fclose(f);
         stands_for(f, viewed);
+        fclose(f);
         return viewed;
     }
     if (view_fileno(f) >= 0) { /* made by us, it cannot become a file's; a new one takes its place */
         FILE *now = path ? fopen(path, mode) : NULL;
-        fclose(f);
         stands_for(f, now);
+        fclose(f);
         return now;
     }
     struct closing c = {0};
