@@ -9,7 +9,8 @@
  *                                             all are: how many, microseconds at 50 and 99 of a hundred, and in all
  *   mapped open WARM FILE...                  open, map, first byte, of each: microseconds at 50 and 99 of a hundred
  *   mapped store FILE|- BYTES ROUNDS          makes all pages resident; then rounds of: a store to every page (the first
- *                                             after a sync point), another one, msync: medians, microseconds. -: a memfd
+ *                                             after a sync point), another one, and, all of it rewritten with what
+ *                                             cannot be packed, msync: medians of the three, microseconds. -: a memfd
  *   mapped fault COUNT                        a userfault served by a thread: microseconds at 50 and 99 of a hundred
  *   mapped serve                              a server for the two below; says its address
  *   mapped trips ADDRESS COUNT                round trips with 4 KiB: microseconds at 50 and 99 of a hundred
@@ -205,6 +206,11 @@ static int store(const char *path, size_t bytes, unsigned rounds)
             for (size_t i = 0; i < bytes; i += PAGE)
                 at[i + 64 * r % PAGE] = (uint8_t)(i / PAGE + r + (unsigned)k);
             took[k][r] = now_us() - start;
+        }
+        for (uint64_t x = 88172645463325252u + r, i = 0; i < bytes / 8; i++) {
+            x ^= x << 13;
+            x ^= x >> 7;
+            ((volatile uint64_t *)(void *)at)[i] = x ^= x << 17;
         }
         double start = now_us();
         if (msync((void *)at, bytes, MS_SYNC))

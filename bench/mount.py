@@ -246,6 +246,31 @@ def beside_pull(o):
         mark(item, "p99, more than a round trip (ms)", p99 - trip, 3)
 
 
+def writeback(o):
+    """Regions that are written to: the sync point that sends all of one, rewritten; and what a store costs, beside one to a memfd."""
+    size, rate, cost = o.size // 2, {}, {}
+    with Mount(data=size, spare=size) as b:
+        mapped("store", b.far + "/spare", size, 1, env=b.env(b.address, mode="mirror"))  # memory that nobody has used yet is slow
+        b.drain()
+        b.fresh()
+        for ms in (None, *TRIPS):
+            with Far(b.address, ms) as address:
+                mine = [float(x) for x in mapped("store", b.far + "/data", size, 3, env=b.env(address, mode="mirror", MEMSYNC_ACK="received"))]
+                b.drain()
+                b.fresh()
+            theirs = [float(x) for x in mapped("store", "-", size, 3)]
+            rate[ms] = size / mine[2] / 1000
+            row("write-back, %d MiB" % (size // MIB), "mirror", trip_name(ms), rate[ms], "GB/s")
+            for k in range(2):
+                cost.setdefault(("mirror", k), []).append(mine[k] / (size / PAGE) * 1000)
+                cost.setdefault(("memfd", k), []).append(theirs[k] / (size / PAGE) * 1000)
+    for (variant, k), values in cost.items():
+        row("a store a page", variant, ("first after a sync point", "again")[k], median(values), "ns")
+    for ms in (None, 0, 25, 40):
+        mark("write-back", "%s (GB/s)" % trip_name(ms), rate[ms], 0.5, at_most=False)
+    mark("a store to a resident page", "mirror / memfd", median([m / t for m, t in zip(cost["mirror", 1], cost["memfd", 1])]), 1.2)
+
+
 QUERIES = {
     "lmdb": ["/usr/bin/python3", "-c", """
 import lmdb, random, sys
@@ -302,4 +327,4 @@ def recorded(o):
             mark("second start over 25 ms", what + ": none / recorded", median(took[what, "none"]) / median(took[what, "recorded"]), 5, at_most=False)
 
 
-ITEMS = {"pull": pull, "touch": touch, "open": opens, "beside-pull": beside_pull, "recorded": recorded}
+ITEMS = {"pull": pull, "touch": touch, "open": opens, "beside-pull": beside_pull, "recorded": recorded, "writeback": writeback}
