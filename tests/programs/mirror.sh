@@ -14,7 +14,8 @@ near=$T/near
 far=$W/far
 put() { memsync import --force "$near/$1" "${far#/}/$1" >"$T/import.out" 2>&1 || fail "import $1: $(cat "$T/import.out")"; }
 random() { head -c "$2" /dev/urandom >"$near/$1"; }
-mirror() { shim MEMSYNC_REGIONS="$far/**=mirror" MEMSYNC_LOG_FILE="$T/said.err" "$@"; }
+ORDER=fault
+mirror() { shim MEMSYNC_REGIONS="$far/**=mirror,order=$ORDER" MEMSYNC_LOG_FILE="$T/said.err" "$@"; }
 # both COMMAND...: FAR in it stands for the mirrored directory, and for the local one in the run that it is compared with.
 both() {
     local code=0 expected=0
@@ -46,11 +47,19 @@ put f
 
 case $1 in
 calls | errors | maps | forks | execs | locks | streams | appends | threads | transfers)
+    cp "$near/f" "$T/f"
+    ORDER=none # nothing comes but what is asked for
     both "$BUILD/tests/programs/mirrored" "$1" FAR/f
     replicated f
     # Again, of what that has left: nothing of it is here.
     stop_local
     both "$BUILD/tests/programs/mirrored" calls FAR/f
+    replicated f
+    stop_local
+    cp "$T/f" "$near/f"
+    ORDER=fault
+    both cp "$T/f" FAR/f
+    both "$BUILD/tests/programs/mirrored" "$1" FAR/f
     replicated f
     nothing_local
     ;;
