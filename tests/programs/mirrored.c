@@ -72,12 +72,12 @@ static off_t size_of(int fd)
     return fstat(fd, &st) ? -1 : st.st_size;
 }
 
+/* Nothing is read before it is written next to: what was not fetched yet has to come first. */
 static void calls(const char *path)
 {
     static char some[40000];
     int fd = opened(path, O_RDWR);
     off_t size = size_of(fd);
-    tell("at first", fd);
     fill(some, sizeof some, 1);
     SAY(write(fd, some, 10));
     SAY(pwrite(fd, some, 5000, 3));
@@ -148,9 +148,9 @@ static void errors(const char *path)
     SAY(pread(out, &c, 1, 0));
     SAY(write(both, nothing + PAGE, 1));
     SAY(pwrite(both, &c, 1, -1));
-    SAY(pwrite(both, nothing, 2 * PAGE, 9 * PAGE) == PAGE);
-    SAY(pwrite(both, nothing + PAGE, PAGE, 20 * PAGE));
-    SAY(pwrite(both, nothing + PAGE - 10, PAGE, 30 * PAGE));
+    SAY(pwrite(both, nothing, 2 * PAGE, 309 * PAGE) == PAGE);
+    SAY(pwrite(both, nothing + PAGE, PAGE, 320 * PAGE));
+    SAY(pwrite(both, nothing + PAGE - 10, PAGE, 330 * PAGE));
     SAY(ftruncate(both, -1));
     SAY(fallocate(both, 0, -1, 1));
     SAY(fallocate(both, 0, 0, 0));
@@ -359,6 +359,11 @@ static void locks(const char *path)
     close(other); /* drops all of this process's */
     printf("dropped by close\n");
     in_child(try_locks, path);
+    say_lock(fd, F_SETLK, F_WRLCK, 10, 20);
+    other = opened(path, O_RDWR);
+    SAY(flock(other, LOCK_SH)); /* of another kind: the first stays */
+    in_child(try_locks, path);
+    close(other);
     SAY(flock(fd, LOCK_EX));
     printf("flock\n");
     in_child(try_locks, path);
