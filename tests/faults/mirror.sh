@@ -5,7 +5,7 @@
 # timeout: 300
 . "$(dirname "$0")/../lib.sh"
 
-cases=(agent_killed link_cut remote_killed program_killed all_killed all_lost loss_fail second_writer taken writer_after_writer)
+cases=(agent_killed link_cut remote_killed program_killed all_killed all_lost loss_fail second_writer taken writer_after_writer host_lost_sqlite_delete host_lost_sqlite_wal host_lost_lmdb)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
 far=$W/far
@@ -214,6 +214,61 @@ writer_after_writer) # one after the other, by different agents: each sees what 
         cmp "$T/expected" "$T/got" >&2 || fail "round $i says otherwise: $(cat "$T/got.err")"
         memsync stop >"$T/stop.out" 2>&1 || fail "stop: $(cat "$T/stop.out")"
         poll 30 is_model || fail "round $i has left something else"
+    done
+    ;;
+host_lost_*) # a database in the middle of its commits, and the host is gone: another one opens it, with its journal, and all that was committed is there
+    requires_python lmdb
+    how=${1#host_lost_}
+    start_remote
+    mkdir "$far" "$T/hosts" # for what is a host's own: locks, -shm
+    far=$far/db
+    cat >"$T/commits.py" <<'END'
+import sqlite3, sys, lmdb
+how, path, last = sys.argv[1], sys.argv[2], int(sys.argv[3])
+if how == 'lmdb':
+    e = lmdb.open(path, subdir=False, map_size=64 << 20)
+    with e.begin() as t:
+        have = [int(k) for k, _ in t.cursor()]
+        good = all(v == k * 100 for k, v in t.cursor())
+else:
+    c = sqlite3.connect(path, timeout=60, isolation_level=None)
+    c.execute('pragma journal_mode=' + how.split('_')[1])
+    c.execute('pragma synchronous=full')
+    c.execute('pragma cache_size=20')
+    c.execute('create table if not exists t(n integer primary key, b blob)')
+    have = [r[0] for r in c.execute('select distinct n / 50 from t')]
+    counts = [r[0] for r in c.execute('select count(*) from t group by n / 50')]
+    good = c.execute('pragma integrity_check').fetchone()[0] == 'ok' and all(n == 50 for n in counts)
+n = max(have, default=-1) + 1
+print('found', n, 'good' if good and have == list(range(n)) and n >= last else 'BAD', flush=True)
+while True:
+    if how == 'lmdb':
+        with e.begin(write=True) as t:
+            t.put(b'%08d' % n, b'%08d' % n * 100)
+    else:
+        c.execute('begin')
+        for i in range(50):
+            c.execute('insert into t values(?, ?)', (n * 50 + i, b'x' * 2000))
+        c.execute('commit')
+    n += 1
+    print(n, flush=True)
+END
+    last=0
+    for ((i = 1; i <= 3; i++)); do
+        SOCKET=$T/hosts/$i.sock
+        rm -f "$(dirname "$far")"/* # the other host's disk has none of it
+        host() { shim XDG_STATE_HOME="$T/hosts/$i" MEMSYNC_REGIONS="$far=mirror,name=db/all" -- /usr/bin/python3 "$@"; }
+        opens() { host -c 'import os, sys; os.open(sys.argv[1], os.O_RDWR)' "$far" 2>"$T/opens.err"; }
+        [ "$i" = 1 ] || poll 40 opens || fail "the lease of the lost host does not end: $(cat "$T/opens.err")"
+        host "$T/commits.py" "$how" "$far" "$last" >"$T/commits" 2>"$T/commits.err" &
+        PROGRAM=$!
+        poll 60 grep -q found "$T/commits" || fail "host $i cannot open it: $(cat "$T/commits.err")"
+        grep -q good "$T/commits" || fail "host $i, after commit $last: $(head -n 1 "$T/commits")"
+        committed() { [ "$(wc -l <"$T/commits")" -gt 30 ]; }
+        poll 60 committed || fail "it does not commit: $(cat "$T/commits.err")"
+        kill -KILL "$(pgrep -n -f "$T/commits.py")" $(local_agents)
+        wait "$PROGRAM" 2>/dev/null || true
+        last=$(tail -n 1 "$T/commits")
     done
     ;;
 esac
