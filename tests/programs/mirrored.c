@@ -116,6 +116,7 @@ static void calls(const char *path)
     printf("posix_fallocate: %d\n", posix_fallocate(fd, 30 * PAGE, 10));
     SAY(fsync(fd));
     SAY(fdatasync(fd));
+    SAY(syncfs(fd));
     tell("synced", fd);
     SAY(close(fd));
     SAY(truncate(path, 10000));
