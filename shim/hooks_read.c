@@ -49,23 +49,24 @@ static ssize_t piece(struct mount *m, const struct iovec *iov, int n, uint64_t d
     }
 }
 
+/* All of one epoch: where the view goes on to another meanwhile, what came before that. */
 static ssize_t read_at(struct mount *m, const struct iovec *iov, int n, uint64_t at, uint64_t len)
 {
-    uint64_t done = 0;
-    uint64_t size = view_size(m);
-    if (at >= size)
-        return 0;
-    len = len < size - at ? len : size - at;
-    while (done < len) {
-        uint64_t most = PIECE - (at + done) % PIECE;
-        ssize_t got = piece(m, iov, n, done, at + done, len - done < most ? len - done : most);
-        if (got < 0)
-            return done ? (ssize_t)done : -1;
-        if (!got)
-            break;
+    uint64_t done = 0, epoch = __atomic_load_n(&m->view->epoch, __ATOMIC_ACQUIRE);
+    for (;;) {
+        uint64_t size = view_size(m), most = PIECE - (at + done) % PIECE;
+        uint64_t left = at + done < size ? size - at - done : 0;
+        left = left < len - done ? left : len - done;
+        ssize_t got = left ? piece(m, iov, n, done, at + done, left < most ? left : most) : 0;
+        uint64_t now = __atomic_load_n(&m->view->epoch, __ATOMIC_ACQUIRE);
+        if (now != epoch && m->how.follow && !done) { /* of either: again */
+            epoch = now;
+            continue;
+        }
+        if (got <= 0 || (now != epoch && m->how.follow))
+            return got < 0 && !done ? -1 : (ssize_t)done;
         done += (uint64_t)got;
     }
-    return (ssize_t)done;
 }
 
 static bool total(const struct iovec *iov, int n, uint64_t *sum)

@@ -92,7 +92,7 @@ static void describe(struct held_file *h, const struct mount *m)
     *h = (struct held_file){.magic = VIEW_MAGIC,
                             .version = SHARED_VERSION,
                             .size = view_size(m),
-                            .epoch = m->epoch,
+                            .epoch = view_epoch(m),
                             .mtime_ns = m->mtime_ns,
                             .lineage = m->lineage,
                             .how = m->how,
@@ -454,7 +454,7 @@ uint64_t view_ino(const struct id *lineage, uint8_t mode, const char *name)
 
 uint64_t view_file_size(struct open_file *f)
 {
-    const struct mount *m = f->held->mode == CONTROL_MIRROR                ? view_mount(f)
+    const struct mount *m = f->held->mode == CONTROL_MIRROR || f->held->how.follow ? view_mount(f)
                             : f->mount                                     ? &view_mounts[f->mount - 1]
                                                                            : NULL;
     return m ? view_size(m) : f->held->size;
@@ -463,5 +463,7 @@ uint64_t view_file_size(struct open_file *f)
 int64_t view_file_mtime(struct open_file *f)
 {
     const struct mount *m = f->mount ? &view_mounts[f->mount - 1] : NULL;
-    return m && m->wrote_ns ? m->wrote_ns : f->held->mtime_ns;
+    return m && m->wrote_ns       ? m->wrote_ns
+           : m && m->how.follow   ? __atomic_load_n(&m->view->mtime_ns, __ATOMIC_ACQUIRE)
+                                  : f->held->mtime_ns;
 }

@@ -117,6 +117,10 @@ int view_open_again(struct open_file *f, int flags);
 /* What is known without opening it. 0 or a negative errno. */
 int view_look(const struct rule *rule, const char *path, struct control_view *v, char name[NAME_CAP]);
 uint64_t view_ino(const struct id *lineage, uint8_t mode, const char *name);
+static inline uint64_t view_epoch(const struct mount *m)
+{
+    return m->how.follow ? __atomic_load_n(&m->view->epoch, __ATOMIC_ACQUIRE) : m->epoch;
+}
 static inline uint64_t view_size(const struct mount *m)
 {
     return __atomic_load_n(&m->view->size, __ATOMIC_ACQUIRE);

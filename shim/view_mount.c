@@ -302,7 +302,7 @@ void view_announce(void)
         const struct mount *m = &view_mounts[i];
         if (!m->used || view_memory(m) < 0)
             continue;
-        r = (struct control_resume){.epoch = m->epoch, .lineage = m->lineage, .size = view_size(m)};
+        r = (struct control_resume){.epoch = view_epoch(m), .lineage = m->lineage, .size = view_size(m)};
         view_terms(&r.open, m->path, m->name, m->mode, &m->how);
         r.open.slot = sync_slot_unheard();
         r.open.view = m->number;
@@ -351,7 +351,7 @@ int view_need(struct mount *m, uint64_t offset, uint64_t len, uint64_t *since)
 {
     struct fetch f = {.number = m->number, .offset = offset, .len = len};
     int saved = errno, rc = 0;
-    if (m->mode == CONTROL_MIRROR && offset + len > m->window_len)
+    if (m->view->moves && offset + len > m->window_len)
         window_grow(m);
     for (unsigned tries = 0; tries < NEED_TRIES && !rc; tries++) {
         *since = __atomic_load_n(&m->view->punches, __ATOMIC_SEQ_CST);

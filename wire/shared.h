@@ -62,6 +62,7 @@ struct view {
     uint64_t size;
     uint64_t punches;
     uint64_t epoch;  /* that its pages are of */
+    int64_t mtime_ns;
     uint32_t mirror; /* 1: programs may write it */
     uint32_t moves;  /* VIEW_MOVES: pages may be taken out at any time; else never, once they are there. Fixed */
     uint64_t base;   /* a mirror's: a hole at or beyond it is zeros, whatever the remote has there; the others are what the remote has */

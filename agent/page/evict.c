@@ -30,7 +30,8 @@
 
 uint32_t evict_moves(const struct control_open *how, bool eager)
 {
-    return !eager && (how->resident || how->mode == CONTROL_MIRROR) ? VIEW_MOVES : 0;
+    uint32_t follows = how->follow ? VIEW_MOVES | VIEW_FOLLOWS : 0;
+    return eager ? 0 : follows | (how->resident || how->mode == CONTROL_MIRROR ? VIEW_MOVES : 0);
 }
 
 void evict_free(struct mount *m)
@@ -45,7 +46,7 @@ void evict_bound(struct mount *m)
     for (const struct viewer *v = m->viewers; v; v = v->next_mount)
         if (v->resident && (!least || v->resident < least))
             least = v->resident;
-    if (!m->viewers || m->eager || !(m->shared->moves & VIEW_MOVES))
+    if (!m->viewers || m->eager || !m->shared->moves)
         return;
     least = least && least < BOUND_MIN ? BOUND_MIN : least;
     m->evict.bound = least / PAGE_SIZE;
@@ -116,19 +117,16 @@ static bool is_kept(const struct eviction *e, struct filled f)
     return false;
 }
 
-/* Of one run of the queue: how many pages went. */
-static uint64_t take_out(struct mount *m, struct filled f)
+int mount_punch(struct mount *m, uint64_t from, uint64_t to)
 {
-    uint64_t gone = 0;
-    for (uint64_t end; (f.from = pages_hole_end(&m->pages, f.from, f.to)) < f.to; f.from = end) {
-        end = pages_hole(&m->pages, f.from, f.to);
-        off_t at = (off_t)(f.from * PAGE_SIZE), len = (off_t)((end - f.from) * PAGE_SIZE);
+    for (uint64_t end; (from = pages_hole_end(&m->pages, from, to)) < to; from = end) {
+        end = pages_hole(&m->pages, from, to);
+        off_t at = (off_t)(from * PAGE_SIZE), len = (off_t)((end - from) * PAGE_SIZE);
         if (fallocate(m->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, len))
-            break;
-        pages_lose(&m->pages, f.from, end);
-        gone += end - f.from;
+            return -errno;
+        pages_lose(&m->pages, from, end);
     }
-    return gone;
+    return 0;
 }
 
 void evict_room(struct mount *m, uint64_t pages)
@@ -136,21 +134,21 @@ void evict_room(struct mount *m, uint64_t pages)
     struct eviction *e = &m->evict;
     if (!e->bound || m->body || m->state == MOUNT_FAILED || m->pages.have_n + m->pages.asked_n + pages <= e->bound)
         return;
-    uint64_t over = m->pages.have_n + m->pages.asked_n + pages - e->bound, gone = 0;
+    uint64_t before = m->pages.have_n, over = m->pages.have_n + m->pages.asked_n + pages - e->bound;
     over += e->bound / 16 < MORE ? e->bound / 16 : MORE;
     e->full = true;
     if (!e->n)
         queue_anew(m);
     view_punch_begin(m->shared);
-    for (size_t left = e->n; left && gone < over; left--) {
+    for (size_t left = e->n; left && before - m->pages.have_n < over; left--) {
         struct filled f = queue_take(e);
         if (is_kept(e, f))
             queue_put(e, f);
         else
-            gone += take_out(m, f);
+            mount_punch(m, f.from, f.to);
     }
     view_punch_end(m->shared);
-    e->evicted += gone * PAGE_SIZE;
+    e->evicted += (before - m->pages.have_n) * PAGE_SIZE;
 }
 
 void evict_lead(struct mount *m, uint64_t from, uint64_t to)

@@ -72,7 +72,7 @@ void fetch_pin(struct mount *m)
     m->request = ++g->link->next_request;
     m->state = MOUNT_ASKED;
     m->live = m->body || m->shared->mirror;
-    pin_send(g, m->request, m->name, m->epoch, &m->lineage, 0, m->live);
+    pin_send(g, m->request, m->name, m->follow.lost ? 0 : m->epoch, &m->lineage, 0, m->live);
 }
 
 void fetch_swap(struct mount *m, bool live)
@@ -94,6 +94,23 @@ void fetch_retire(struct mount *m)
             return;
     fetch_unpin(m->pager, m->old_pin);
     m->old_pin = 0;
+}
+
+void fetch_ask_newest(struct pager *g, uint32_t request, const char *name)
+{
+    pin_send(g, request, name, 0, &(struct id){0}, 0, false);
+}
+
+void fetch_ask_changed(struct pager *g, uint32_t request, uint32_t pin, uint32_t later)
+{
+    struct buf *b = buf_new(12);
+    if (b) {
+        put_u32(b->data, request);
+        put_u32(b->data + 4, pin);
+        put_u32(b->data + 8, later);
+        b->len = 12;
+    }
+    send_on(g, 0, FRAME_CHANGED, b);
 }
 
 void opening_ask(struct pager *g, struct opening *o)
@@ -335,7 +352,7 @@ void fetch_cut(struct mount *m)
     fetchings_step(m);
 }
 
-void fetch_forget(struct mount *m)
+void fetch_drop(struct mount *m)
 {
     for (struct read *r = m->pager->reads; r; r = r->next)
         if (r->mount == m) {
@@ -343,6 +360,11 @@ void fetch_forget(struct mount *m)
             r->mount = NULL;
         }
     m->wanted_n = 0;
+}
+
+void fetch_forget(struct mount *m)
+{
+    fetch_drop(m);
     while (m->fetchings) {
         struct fetching *f = m->fetchings;
         m->fetchings = f->next;
@@ -514,6 +536,8 @@ static void swap_failed(struct mount *m, const char *text)
 
 static void mount_pinned(struct mount *m, uint32_t pin, const struct frame_entry *e)
 {
+    if (follow_repinned(m, pin, e))
+        return;
     m->pin = pin;
     m->state = MOUNT_PINNED;
     if (!id_same(&e->lineage, &m->lineage) || (!m->live && (e->epoch != m->epoch || e->size != m->size))) {
@@ -549,6 +573,8 @@ static void take_pinned(struct pager *g, const struct buf *p)
         return violated(g, "a PINNED out of form");
     struct mount *m = mount_asked(g, request), *swapping = mount_swapping(g, request);
     struct opening *o = m ? NULL : opening_asked(g, request);
+    if (follow_pinned(g, request, pin, &e))
+        return;
     if (swapping) {
         swapped(swapping, pin, &e);
         return;
@@ -567,6 +593,13 @@ static void take_pinned(struct pager *g, const struct buf *p)
     fetch_pump(g);
 }
 
+static void take_extents(struct pager *g, const struct buf *p)
+{
+    struct frame_extents e;
+    if (frame_extents_get(p->data, p->len, &e) || !follow_extents(g, &e))
+        violated(g, "an EXTENTS out of form, or that nobody asked for");
+}
+
 static void take_failed(struct pager *g, const struct buf *p)
 {
     static struct frame_failed f;
@@ -578,6 +611,8 @@ static void take_failed(struct pager *g, const struct buf *p)
     struct read *r = read_of(g, (uint32_t)f.seq);
     struct mount *swapping = mount_swapping(g, (uint32_t)f.seq);
     bool gone = f.code == FRAME_E_LIMIT || f.code == FRAME_E_NOT_FOUND;
+    if (follow_failed(g, (uint32_t)f.seq))
+        return;
     if (swapping) {
         swap_failed(swapping, f.text);
     } else if (o) {
@@ -587,6 +622,8 @@ static void take_failed(struct pager *g, const struct buf *p)
             program_notice(o->program, "%s: region %s at %s: %s", o->how.path, o->how.name, g->link->address, f.text);
         o->request = 0;
         opening_end(g, o, o->epoch && gone ? -ESTALE : err);
+    } else if (m && gone && follow_is(m) && !m->follow.lost) {
+        follow_lost(m);
     } else if (m && gone) {
         mount_fail(m, -ESTALE, "the remote does not keep its epoch %llu any more: %s", (unsigned long long)m->epoch,
                    f.text);
@@ -597,7 +634,9 @@ static void take_failed(struct pager *g, const struct buf *p)
     } else if (r) {
         m = r->mount;
         read_free(g, r);
-        if (m)
+        if (m && gone && follow_is(m))
+            follow_lost(m);
+        else if (m)
             mount_fail(m, gone ? -ESTALE : -EIO, "the remote cannot read it: %s", f.text);
         fetch_pump(g);
     }
@@ -614,6 +653,9 @@ bool page_frame(struct link *k, uint32_t stream, uint8_t type, struct buf *paylo
         break;
     case FRAME_PINNED:
         take_pinned(g, payload);
+        break;
+    case FRAME_EXTENTS:
+        take_extents(g, payload);
         break;
     case FRAME_FAILED:
         take_failed(g, payload);
@@ -651,6 +693,7 @@ void page_link_lost(struct link *k)
         if (m->state != MOUNT_FAILED)
             m->state = MOUNT_UNPINNED;
         m->swap = m->old_pin = 0;
+        follow_stop(m, false);
     }
     for (struct opening *o = g->openings, *next; o; o = next) {
         next = o->next;
@@ -706,6 +749,7 @@ static void mount_tick(struct mount *m, uint64_t now)
         fetch_pump(m->pager);
     }
     mount_settle(m, now);
+    follow_tick(m, now);
     if (!awaited(m) && now - m->idle_since > MOUNT_LINGER_MS)
         mount_free(m);
     else if (now >= m->retry_at)

@@ -66,7 +66,7 @@ static void base_set(struct mount *m, uint64_t base)
         __atomic_store_n(&m->body->base, base, __ATOMIC_SEQ_CST);
 }
 
-static int resize(struct mount *m, uint64_t size)
+int mount_resize(struct mount *m, uint64_t size)
 {
     uint64_t old = m->pages.count, count = size / PAGE_SIZE + (size % PAGE_SIZE != 0);
     int rc = pages_resize(&m->pages, count);
@@ -104,7 +104,7 @@ int mount_truncate(struct mount *m, uint64_t size, bool grow)
     }
     if (size < m->size && size < m->body->min_size)
         m->body->min_size = size;
-    int rc = resize(m, size);
+    int rc = mount_resize(m, size);
     view_punch_end(m->shared);
     fetch_cut(m);
     return rc;

@@ -39,7 +39,7 @@ static void taken_base(struct mount *m)
     m->shared->size = m->size;
 }
 
-static int make_shared(struct mount *m, bool moves)
+static int make_shared(struct mount *m, uint32_t moves)
 {
     bool taken = m->shared_fd >= 0;
     if (!taken)
@@ -55,7 +55,7 @@ static int make_shared(struct mount *m, bool moves)
         return -errno;
     m->shared = at;
     if (!taken)
-        *m->shared = (struct view){.version = SHARED_VERSION, .size = m->size, .epoch = m->epoch, .moves = moves};
+        *m->shared = (struct view){.version = SHARED_VERSION, .size = m->size, .epoch = m->epoch, .moves = moves, .mtime_ns = m->mtime * 1000000000};
     else
         taken_base(m);
     if (m->shared->punches & 1) /* it died between the two */
@@ -204,6 +204,7 @@ void mount_free(struct mount *m)
         fetch_unpin(g, m->pin);
     if (m->old_pin)
         fetch_unpin(g, m->old_pin);
+    follow_stop(m, m->state == MOUNT_PINNED);
     mount_unwritten(m);
     struct mount **at = &g->mounts;
     while (*at != m)

@@ -89,6 +89,21 @@ struct eviction {
     uint64_t evicted;       /* bytes, ever */
 };
 
+/* Where a followed region goes on to (follow.c). */
+struct later {
+    uint64_t epoch, size;
+    int64_t mtime;
+};
+
+struct following {
+    uint32_t request, changed; /* of a PIN of the newest epoch, of a CHANGED; 0: none is under way */
+    uint32_t pin;              /* the newer one */
+    struct later to;
+    uint64_t next_at;
+    bool lost; /* our epoch is */
+    bool said;
+};
+
 struct viewer {
     struct viewer *next_mount, *next_program;
     struct mount *mount;
@@ -134,6 +149,7 @@ struct mount {
     struct pages pages;
     struct plan plan;
     struct eviction evict;
+    struct following follow;
     struct viewer *viewers;
     uint64_t idle_since; /* while it has none */
     uint64_t made_at;
@@ -234,6 +250,7 @@ void fetch_pin(struct mount *m);
 void opening_ask(struct pager *g, struct opening *o);
 
 /* evict.c */
+int mount_punch(struct mount *m, uint64_t from, uint64_t to); /* what is here of these pages goes. 0 or -errno */
 uint32_t evict_moves(const struct control_open *how, bool eager); /* struct view's moves */
 void evict_bound(struct mount *m); /* viewers came or went: the smallest bound counts */
 void evict_free(struct mount *m);
@@ -249,7 +266,22 @@ void fetch_cut(struct mount *m); /* nothing beyond its base is of use any more *
 void fetch_swap(struct mount *m, bool live);
 void fetch_retire(struct mount *m); /* the old pin, if nothing needs it */
 
+void fetch_drop(struct mount *m); /* nothing that is under way, or waits to be asked for, is wanted any more */
+void fetch_ask_newest(struct pager *g, uint32_t request, const char *name);
+void fetch_ask_changed(struct pager *g, uint32_t request, uint32_t pin, uint32_t later);
+
+/* follow.c: true where it was theirs. */
+bool follow_is(const struct mount *m);
+void follow_tick(struct mount *m, uint64_t now);
+void follow_stop(struct mount *m, bool unpin); /* it goes, or the link did */
+bool follow_pinned(struct pager *g, uint32_t request, uint32_t pin, const struct frame_entry *e);
+bool follow_extents(struct pager *g, const struct frame_extents *e);
+bool follow_failed(struct pager *g, uint32_t request);
+void follow_lost(struct mount *m); /* our epoch is not to be had any more: on to the newest */
+bool follow_repinned(struct mount *m, uint32_t pin, const struct frame_entry *e);
+
 /* mirror.c */
+int mount_resize(struct mount *m, uint64_t size);
 uint64_t mount_pages(const struct mount *m);   /* that are the remote's, here or not; zeros lie beyond */
 struct pages mount_theirs(const struct mount *m); /* only those; shares the bits */
 int mount_truncate(struct mount *m, uint64_t size, bool grow);

@@ -234,7 +234,7 @@ struct mount *opening_pinned(struct pager *g, struct opening *o, uint32_t pin, c
         opening_over(g, o, rc);
         return NULL;
     }
-    if (o->epoch && !id_same(&o->lineage, &e->lineage)) {
+    if (!id_none(&o->lineage) && !id_same(&o->lineage, &e->lineage)) {
         fetch_unpin(g, pin);
         opening_over(g, o, -ESTALE);
         return NULL;
@@ -262,6 +262,8 @@ struct mount *opening_pinned(struct pager *g, struct opening *o, uint32_t pin, c
     }
     mount_order(m, o->how.order);
     o->request = 0;
+    if (m->eager && o->how.follow)
+        program_notice(p, "%s: it is not followed: that needs userfaultfd", o->how.path);
     if (m->eager && !mount_complete(m)) {
         say_eager(p);
         o->mount = m;
@@ -283,18 +285,6 @@ void openings_look(struct mount *m)
         if (rc <= 0)
             opening_over(g, o, rc);
     }
-}
-
-/* 0: it is built. */
-static int not_built(struct program *p, const struct control_open *m)
-{
-    const char *what = m->follow ? "follow" : NULL;
-    struct answer *a = what ? answer_new(p, m->slot) : NULL;
-    if (!a)
-        return what ? -ENOMEM : 0;
-    program_notice(p, "%s: %s is not built; use =pull without it", m->path, what);
-    answer_drop(a, -EOPNOTSUPP);
-    return 1;
 }
 
 static bool good(const struct program *p, const struct control_open *m)
@@ -325,8 +315,7 @@ static int on_open(struct program *p, const void *data, size_t len)
     static struct control_open m;
     if (control_open_get(data, len, &m) || !good(p, &m))
         return -EPROTO;
-    int rc = not_built(p, &m);
-    return rc ? (rc < 0 ? rc : 0) : opening_new(p, &m, 0, NULL);
+    return opening_new(p, &m, 0, NULL);
 }
 
 /* ---- RESUME ---- */
@@ -349,6 +338,8 @@ static struct mount *take_over(struct pager *g, const struct control_resume *m, 
     struct stat st;
     if (m->open.mode == CONTROL_MIRROR && !fstat(fds[0], &st))
         e.size = (uint64_t)st.st_size; /* as another program, or the agent that is gone, has left it */
+    if (m->open.follow && ftruncate(fds[0], (off_t)e.size)) /* it died while it changed it (follow.c) */
+        log_warn("%s: %s", m->open.name, strerror(errno));
     struct mount *t = mount_new(g, &m->open, &e, fds[0], fds[1], false);
     fds[0] = fds[1] = -1;
     if (t && t->shared->mirror && t->shared->epoch)
@@ -364,22 +355,19 @@ static int on_resume(struct program *p, const void *data, size_t len, int *fds, 
     static struct control_resume m;
     if (control_resume_get(data, len, &m) || nfds == 1 || (!m.epoch && m.open.mode == CONTROL_PULL) || !good(p, &m.open))
         return -EPROTO;
-    int rc = not_built(p, &m.open);
-    if (rc)
-        return rc < 0 ? rc : 0;
     struct pager *g = pager_of(p->link);
     if (!g)
         return -ENOMEM;
     struct mount *t = nfds ? mount_of_memfd(g, fds[0])
                            : mount_find(g, &m.open, &m.lineage, m.epoch, p->uffd < 0);
     if (!t && (!nfds || p->uffd < 0))
-        return opening_new(p, &m.open, m.epoch, &m.lineage);
+        return opening_new(p, &m.open, m.open.follow ? 0 : m.epoch, &m.lineage);
     struct opening o = {.program = p, .answer = answer_new(p, m.open.slot), .how = m.open};
     if (!o.answer)
         return -ENOMEM;
     if (!t)
         t = take_over(g, &m, fds);
-    rc = t ? present(&o, t) : -ENOMEM;
+    int rc = t ? present(&o, t) : -ENOMEM;
     if (t)
         fetch_pin(t);
     answer_drop(o.answer, rc);
@@ -542,11 +530,11 @@ void page_status(FILE *f, struct link *k, bool *comma, void (*text)(FILE *f, con
         text(f, m->state == MOUNT_FAILED ? m->reason : m->state == MOUNT_PINNED ? "" : k->reason);
         fprintf(f,
                 ",\"mode\":\"%s\",\"state\":\"%s\",\"order\":\"%s\",\"lineage\":\"%s\",\"epoch\":%llu,\"size\":%llu,\"resident\":%llu,"
-                "\"bound\":%llu,\"evicted\":%llu,\"fetched\":%llu,\"in_flight\":%llu,\"faults\":%llu,\"programs\":%u}",
+                "\"bound\":%llu,\"evicted\":%llu,\"fetched\":%llu,\"in_flight\":%llu,\"faults\":%llu,\"programs\":%u,\"follows\":%s}",
                 m->body ? "mirror" : "pull", states[m->state], orders[m->plan.order], lineage, (unsigned long long)m->epoch,
                 (unsigned long long)m->size, (unsigned long long)resident(m),
                 (unsigned long long)(m->evict.bound * PAGE_SIZE), (unsigned long long)m->evict.evicted, (unsigned long long)m->bytes_in,
-                (unsigned long long)in_flight(m), (unsigned long long)m->plan.faults, viewers_of(m));
+                (unsigned long long)in_flight(m), (unsigned long long)m->plan.faults, viewers_of(m), follow_is(m) ? "true" : "false");
         *comma = true;
     }
 }

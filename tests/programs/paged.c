@@ -6,7 +6,10 @@
  *   paged check FILE                   reads it from beginning to end: all of one version, which it prints
  *   paged random FILE OPS THREADS SEED random loads, reads and transfers, all of version 0; prints nothing
  *   paged transfers FILE OPS THREADS SEED  the same, half of it sendfile
- *   paged walk FILE                    through a mapping, forwards and then backwards
+ *   paged publish FILE EPOCHS MS           changes it, msync by msync, one every MS at most: page 0 always and a
+ * quarter of the others, and its length by some pages paged follow FILE EPOCHS THREADS       reads it, through a
+ * mapping and by calls, until it is at that epoch: always all of one epoch, never one before what was seen. Prints how
+ * many it saw paged walk FILE                    through a mapping, forwards and then backwards
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -231,6 +234,145 @@ static void at_random(const char *path, uint64_t ops, unsigned threads, uint64_t
         MUST(!pthread_join(w[i].thread, NULL));
 }
 
+/* ---- epochs. An epoch is the version of page 0; what it is made of follows from its number. */
+
+#define TAIL 5u
+
+static bool changes(uint64_t page, uint64_t epoch)
+{
+    return !page || mix(page * 77 + epoch) % 4 == 0;
+}
+
+static uint64_t expected(uint64_t page, uint64_t epoch)
+{
+    while (epoch && !changes(page, epoch))
+        epoch--;
+    return epoch;
+}
+
+static uint64_t tail(uint64_t epoch)
+{
+    return epoch % 3 * TAIL;
+}
+
+static void publish(const char *path, uint64_t epochs, uint64_t ms)
+{
+    int fd = open(path, O_RDWR);
+    MUST(fd >= 0);
+    uint64_t pages = pages_of(fd);
+    uint64_t *map = mmap(NULL, (pages + 2 * TAIL) * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    MUST(map != MAP_FAILED);
+    for (uint64_t epoch = 1; epoch <= epochs; epoch++) {
+        for (uint64_t p = 0; p < pages; p++)
+            if (changes(p, epoch))
+                fill(map + p * WORDS, p, epoch);
+        MUST(!ftruncate(fd, (off_t)((pages + tail(epoch)) * PAGE)));
+        for (uint64_t p = pages; p < pages + tail(epoch); p++)
+            fill(map + p * WORDS, p, epoch);
+        MUST(!msync(map, (pages + tail(epoch)) * PAGE, MS_SYNC));
+        usleep((useconds_t)ms * 1000);
+    }
+}
+
+struct reader {
+    pthread_t thread;
+    const uint64_t *map;
+    int fd;
+    uint64_t pages, epochs, random, seen, newest;
+};
+
+/* A page's version: looked at again when it went while its words were compared. */
+static uint64_t stable(const uint64_t *at, uint64_t page)
+{
+    uint64_t copy[WORDS];
+    for (;;) {
+        uint64_t before = __atomic_load_n(at, __ATOMIC_ACQUIRE);
+        memcpy(copy, at, PAGE);
+        if (__atomic_load_n(at, __ATOMIC_ACQUIRE) == before && copy[0] == before)
+            return version_of(copy, page, "mapping");
+    }
+}
+
+static uint64_t epoch_now(struct reader *r)
+{
+    uint64_t epoch = stable(r->map, 0);
+    if (epoch < r->newest) {
+        fprintf(stderr, "paged: epoch %llu after %llu\n", (unsigned long long)epoch, (unsigned long long)r->newest);
+        exit(1);
+    }
+    r->seen += epoch > r->newest;
+    r->newest = epoch;
+    return epoch;
+}
+
+static void look_at_pages(struct reader *r)
+{
+    uint64_t first = epoch_now(r), is[16], page[16];
+    for (unsigned i = 0; i < 16; i++) {
+        r->random = mix(r->random + 0x2545f4914f6cdd1dULL);
+        page[i] = r->random % r->pages;
+        is[i] = stable(r->map + page[i] * WORDS, page[i]);
+    }
+    uint64_t last = epoch_now(r), at = first;
+    for (unsigned i = 0; i < 16; i++) {
+        for (; at <= last && expected(page[i], at) != is[i]; at++)
+            ; /* the next page is of this epoch or of a later one */
+        if (at > last) {
+            fprintf(stderr, "paged: page %llu is of epoch %llu, between %llu and %llu\n", (unsigned long long)page[i],
+                    (unsigned long long)is[i], (unsigned long long)first, (unsigned long long)last);
+            exit(1);
+        }
+    }
+}
+
+static void look_at_all(struct reader *r)
+{
+    uint64_t most = (r->pages + 2 * TAIL) * PAGE;
+    uint64_t *buffer = malloc(most + PAGE);
+    MUST(buffer);
+    ssize_t got = pread(r->fd, buffer, most + PAGE, 0);
+    MUST(got > 0 && !(got % PAGE));
+    uint64_t epoch = version_of(buffer, 0, "read"), n = (uint64_t)got / PAGE;
+    if (n != r->pages + tail(epoch)) {
+        fprintf(stderr, "paged: %llu pages at epoch %llu\n", (unsigned long long)n, (unsigned long long)epoch);
+        exit(1);
+    }
+    for (uint64_t p = 0; p < n; p++)
+        must_be(p < r->pages ? expected(p, epoch) : epoch, buffer + p * WORDS, p, "one read");
+    free(buffer);
+    if (epoch_now(r) < epoch)
+        failed("the mapping is behind the file", __LINE__);
+}
+
+static void *read_on(void *arg)
+{
+    struct reader *r = arg;
+    for (unsigned turn = 0; r->newest < r->epochs; turn++)
+        turn % 4 ? look_at_pages(r) : look_at_all(r);
+    return NULL;
+}
+
+static void follow(const char *path, uint64_t epochs, unsigned threads)
+{
+    int fd = open(path, O_RDONLY);
+    MUST(fd >= 0);
+    uint64_t size = pages_of(fd);
+    uint64_t *map = mmap(NULL, size * PAGE, PROT_READ, MAP_SHARED, fd, 0);
+    struct reader *r = calloc(threads, sizeof *r);
+    MUST(r && map != MAP_FAILED);
+    for (unsigned i = 0; i < threads; i++) {
+        r[i] = (struct reader){.map = map, .fd = fd, .epochs = epochs, .random = i};
+        r[i].pages = size; /* opened at epoch 0 */
+        MUST(!pthread_create(&r[i].thread, NULL, read_on, &r[i]));
+    }
+    for (unsigned i = 0; i < threads; i++) {
+        MUST(!pthread_join(r[i].thread, NULL));
+        printf("%llu\n", (unsigned long long)r[i].seen);
+    }
+    struct stat st;
+    MUST(!fstat(fd, &st) && (uint64_t)st.st_size == (size + tail(epochs)) * PAGE);
+}
+
 static uint64_t number(const char *text)
 {
     return strtoull(text, NULL, 0);
@@ -246,6 +388,10 @@ int main(int argc, char **argv)
         walk(argv[2]);
     else if (argc == 6 && (!strcmp(argv[1], "random") || !strcmp(argv[1], "transfers")))
         at_random(argv[2], number(argv[3]), (unsigned)number(argv[4]), number(argv[5]), !strcmp(argv[1], "transfers"));
+    else if (argc == 5 && !strcmp(argv[1], "publish"))
+        publish(argv[2], number(argv[3]), number(argv[4]));
+    else if (argc == 5 && !strcmp(argv[1], "follow"))
+        follow(argv[2], number(argv[3]), (unsigned)number(argv[4]));
     else
         return 2;
     return 0;

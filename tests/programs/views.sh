@@ -4,7 +4,7 @@
 # timeout: 120
 . "$(dirname "$0")/../lib.sh"
 
-cases=(sizes orders private threads holes shares none looks refusals epochs exact advice punched forks fetch eager recorded unmapped
+cases=(sizes orders private threads holes shares none looks epochs exact advice punched forks fetch eager recorded unmapped
     cut restarted gone_epoch fetch_timeout agent_killed open_waits leaves lingers unprivileged)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
@@ -161,13 +161,6 @@ looks)
     says 1 -2 look a/g
     says 1 -2 open 1 fault a/g
     says 1 -2 look a
-    ;;
-refusals)
-    setup f 5000
-    viewer 1
-    says 1 -95 open 1 fault f 0 2
-    does 1 look f
-    [ "$(grep -c "is not built" "$T/viewer1.err")" = 1 ] || fail "it was not said: $(cat "$T/viewer1.err")"
     ;;
 epochs) # who has it open goes on at its epoch, also over a lost link
     start_remote
