@@ -76,9 +76,10 @@ static void print_view(json_t *view)
     size_t used = strlen(both);
     if (number_of(view, "bound"))
         snprintf(both + used, sizeof both - used, ", %s at most", cli_bytes((uint64_t)number_of(view, "bound"), bound));
-    printf("%-32s %-9s %7lld  %-24s %-9s %8lld %-8s %s\n", text_of(view, "name"), text_of(view, "state"),
-           (long long)number_of(view, "epoch"), both, cli_bytes((uint64_t)number_of(view, "in_flight"), flight),
-           (long long)number_of(view, "programs"), text_of(view, "order"), text_of(view, "remote"));
+    printf("%-32s %-6s %-9s %7lld  %-24s %-9s %8lld %-8s %s\n", text_of(view, "name"), text_of(view, "mode"),
+           text_of(view, "state"), (long long)number_of(view, "epoch"), both,
+           cli_bytes((uint64_t)number_of(view, "in_flight"), flight), (long long)number_of(view, "programs"),
+           text_of(view, "order"), text_of(view, "remote"));
 }
 
 static void print_views(json_t *views)
@@ -87,8 +88,8 @@ static void print_views(json_t *views)
     json_t *each;
     if (!json_array_size(views))
         return;
-    printf("\n%-32s %-9s %7s  %-24s %-9s %8s %-8s %s\n", "PULLED", "STATE", "EPOCH", "HERE", "COMING", "PROGRAMS",
-           "ORDER", "REMOTE");
+    printf("\n%-32s %-6s %-9s %7s  %-24s %-9s %8s %-8s %s\n", "PULLED", "MODE", "STATE", "EPOCH", "HERE", "COMING",
+           "PROGRAMS", "ORDER", "REMOTE");
     json_array_foreach(views, i, each) print_view(each);
     json_array_foreach(views, i, each) print_reason(each);
 }

@@ -87,6 +87,32 @@ static void test_sets(void **state)
     pages_free(&p);
 }
 
+/* What lies beyond a new end is lost, and does not come back with it; what is before stays, wherever the bits are. */
+static void test_resized_sets(void **state)
+{
+    (void)state;
+    struct pages p;
+    assert_int_equal(pages_init(&p, 100), 0);
+    pages_came(&p, 0, 100);
+    pages_ask(&p, 90, 100);
+    static const uint64_t sizes[] = {60, 64, 63, 128, 5000, 4000, 100000, 1, 0, 1, 200};
+    uint64_t least = 100, room = p.room;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        assert_int_equal(pages_resize(&p, sizes[i]), 0);
+        least = sizes[i] < least ? sizes[i] : least;
+        assert_int_equal(p.count, sizes[i]);
+        assert_true(p.room > p.count && p.room >= room);
+        assert_int_equal(p.have_n, least);
+        assert_int_equal(p.asked_n, 0);
+        assert_int_equal(pages_hole(&p, 0, p.count), least);
+        assert_int_equal(pages_gap_end(&p, least, p.count), p.count);
+        room = p.room;
+    }
+    pages_came(&p, 190, 200);
+    assert_int_equal(pages_hole_end(&p, 0, 200), 190);
+    pages_free(&p);
+}
+
 /* ---- plans ---- */
 
 static struct pages pages;
@@ -413,6 +439,7 @@ int main(void)
         cmocka_unit_test(test_sets),    cmocka_unit_test(test_windows),  cmocka_unit_test(test_background),
         cmocka_unit_test(test_follows), cmocka_unit_test(test_recorded), cmocka_unit_test(test_orders),
         cmocka_unit_test(test_filling), cmocka_unit_test(test_changing), cmocka_unit_test(test_gone),
+        cmocka_unit_test(test_resized_sets),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

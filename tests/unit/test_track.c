@@ -334,6 +334,14 @@ static void everything_passes_over_holes(void **state)
     assert_int_equal(e.at[1].start, 50 * PAGE);
     assert_int_equal(extents_bytes(&e), 2 * PAGE);
     extents_free(&e);
+    file.holes_from = 51 * PAGE; /* a hole that was not fetched says nothing */
+    hashes_set(&h, 60, HASH_UNKNOWN);
+    assert_int_equal(track_everything(&file, &e), 0);
+    extents_settle(&e, file.size);
+    assert_int_equal(e.count, 2);
+    assert_int_equal(e.at[0].start, 7 * PAGE);
+    assert_int_equal(e.at[1].start, 60 * PAGE);
+    extents_free(&e);
     hashes_free(&h);
     close(fd);
 }
