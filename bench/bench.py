@@ -43,6 +43,8 @@ def main():
         w.writerows((i, "threshold %g" % limit, what, value, "pass" if good else "fail") for i, what, value, limit, _, good in marks)
     if shutil.which("gnuplot") and any(r[0].endswith("tmpfs") for r in rows):
         subprocess.run(["gnuplot", "-e", "table='%s'; picture='%s'" % (out, BUILD + "/bench/changed.svg"), ROOT + "/bench/changed.gp"])
+    if shutil.which("gnuplot") and any(r[0].startswith(("first read", "write-back")) for r in rows):
+        subprocess.run(["gnuplot", "-e", "table='%s'; picture='%s'" % (out, BUILD + "/bench/mount.svg"), ROOT + "/bench/mount.gp"])
     print("\n%-34s %-44s %12s %12s" % ("item", "threshold", "measured", "limit"))
     for item, what, value, limit, at_most, good in marks:
         print("%-34s %-44s %12.3f %s %9g  %s" % (item, what, value, "<=" if at_most else ">=", limit, "pass" if good else "FAIL"))
