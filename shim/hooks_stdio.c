@@ -154,12 +154,18 @@ static int open_flags(const char *mode)
     return flags | access;
 }
 
+/* As view_open. */
+static int view_fopen_fd(const char *path, const char *mode)
+{
+    if (__builtin_expect(!view_pulls, true) || !shim_active() || !mode || !strchr("rwa", mode[0]))
+        return VIEW_NOT_OURS;
+    return view_open(AT_FDCWD, path, open_flags(mode));
+}
+
 /* true when the path is a pulled region's, with the stream, or NULL and errno, in *f. */
 static bool view_fopen(const char *path, const char *mode, FILE **f)
 {
-    if (__builtin_expect(!view_pulls, true) || !shim_active() || !mode || !strchr("rwa", mode[0]))
-        return false;
-    int fd = view_open(AT_FDCWD, path, open_flags(mode));
+    int fd = view_fopen_fd(path, mode);
     if (fd == VIEW_NOT_OURS)
         return false;
     *f = fd < 0 ? NULL : view_stream(fd, mode);
@@ -252,13 +258,33 @@ SHIM_EXPORT FILE *fdopen(int fd, const char *mode)
     return f;
 }
 
-/* A standard stream that is another one from now on. */
-static void stands_for(const FILE *old, FILE *now)
+/* The descriptor gets the number that another one had, as freopen promises. */
+static int take_place(int fd, int old)
 {
-    FILE **const standard[] = {&stdin, &stdout, &stderr};
-    for (int i = 0; now && i < 3; i++)
-        if (*standard[i] == old)
-            *standard[i] = now;
+    int kept = raw_fcntl(fd, F_GETFD, 0) & FD_CLOEXEC ? O_CLOEXEC : 0;
+    if (old < 0 || syscall(SYS_dup3, fd, old, kept) < 0)
+        return fd;
+    files_copied(fd, old);
+    close(fd);
+    return old;
+}
+
+/* A new stream over the descriptor, which may be -1 with errno, instead of f. */
+static FILE *replaced(FILE *f, int fd, const char *mode)
+{
+    int saved = errno, old = fileno(f);
+    FILE **const standard[] = {&stdin, &stdout, &stderr}, **stands = NULL;
+    for (int i = 0; i < 3; i++)
+        stands = *standard[i] == f ? standard[i] : stands;
+    fclose(f);
+    errno = saved;
+    if (fd < 0)
+        return NULL;
+    fd = take_place(fd, old);
+    FILE *now = fdopen(fd, mode);
+    if (now && stands)
+        *stands = now;
+    return now;
 }
 
 /* The stream's old file is flushed and closed within the call. */
@@ -266,18 +292,12 @@ static FILE *reopened(const char *path, const char *mode, FILE *f, __typeof__(&f
 {
     if (!shim_active() || !f)
         return call(path, mode, f);
-    FILE *viewed;
-    if (path && view_fopen(path, mode, &viewed)) {
-        stands_for(f, viewed);
-        fclose(f);
-        return viewed;
-    }
-    if (view_fileno(f) >= 0) { /* made by us, it cannot become a file's; a new one takes its place */
-        FILE *now = path ? fopen(path, mode) : NULL;
-        stands_for(f, now);
-        fclose(f);
-        return now;
-    }
+    bool viewed = view_fileno(f) >= 0; /* made by us, it cannot become a file's; a new one takes its place */
+    int at = path ? view_fopen_fd(path, mode) : VIEW_NOT_OURS;
+    if (at == VIEW_NOT_OURS && viewed)
+        at = path ? open(path, open_flags(mode), 0666) : -1;
+    if (at != VIEW_NOT_OURS)
+        return replaced(f, at, mode);
     struct closing c = {0};
     int fd = fileno(f);
     stream_drop(f);

@@ -68,6 +68,7 @@ tools)
     both sed -n '/^1999/p' FAR/lines
     both gzip -c FAR/100001
     both tac FAR/lines
+    both shuf --random-source=FAR/20000000 FAR/lines
     both bash -c 'mapfile -t all <FAR/lines; echo "${#all[@]} ${all[777]}"'
     ;;
 stdio)
@@ -86,6 +87,7 @@ redirects)
     both bash -c '{ read -r a; read -r b; echo "$a $b"; cat | md5sum; } <FAR/lines'
     both bash -c 'cat /dev/stdin <FAR/100001 | md5sum; cat /proc/self/fd/0 <FAR/100001 | md5sum'
     both "$BUILD/tests/programs/pulled" stdin FAR/lines
+    both bash -c '"$0" stdin FAR/lines <FAR/100001' "$BUILD/tests/programs/pulled"
     ;;
 stats)
     for size in $sizes; do

@@ -110,7 +110,7 @@ static void do_stdio(const char *path)
     MUST(fd >= 0 && (f = fdopen(fd, "rb")) && fileno(f) == fd);
     stream(f);
     MUST(!fclose(f) && fcntl(fd, F_GETFD) < 0);
-    MUST(freopen(path, "r", stdin) == stdin);
+    MUST(freopen(path, "r", stdin) == stdin && fileno(stdin) == 0);
     stream(stdin);
     errno = 0;
     printf("w %d\n", fopen("/", "w") == NULL);
@@ -123,6 +123,7 @@ static void do_stdin(const char *path)
     MUST(scanf("%d", &n) == 1);
     printf("%d %d\n", n, getchar());
     stream(stdin);
+    MUST(freopen("/dev/null", "r", stdin) == stdin && fileno(stdin) == 0 && getchar() == EOF);
 }
 
 static void do_refused(const char *path)
