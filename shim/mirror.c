@@ -45,11 +45,11 @@ bool mirror_possible(const struct rule *rule, const char *path)
     return can;
 }
 
-uint32_t mirror_known(const char *name)
+uint32_t mirror_known(const char *name, bool locked)
 {
     for (uint32_t i = 0; i < VIEW_MOUNTS; i++) {
         struct mount *m = &view_mounts[i];
-        if (!m->used || m->mode != CONTROL_MIRROR || m->unlinked || !(m->attached || m->locked) ||
+        if (!m->used || m->mode != CONTROL_MIRROR || m->unlinked || !(m->attached || (locked && m->locked)) ||
             strcmp(m->name, name) != 0)
             continue;
         m->opens++;
@@ -88,8 +88,6 @@ int mirror_attach(uint32_t mount, const struct control_terms *terms)
     else
         mirror_let_go(mount - 1);
     shim_unlock(&h);
-    if (rc == -EBUSY)
-        say_once(SAY_ERROR, "%s: another host writes this region: it cannot be opened for writing here", m->path);
     return rc == -ENOTCONN ? -EIO : rc;
 }
 

@@ -209,7 +209,7 @@ static int ask_and_open(struct view_pending *p, const struct rule *rule, int fla
     p->ask.open.create = rule->mode == RULE_MIRROR && (flags & O_CREAT);
     for (int tries = 0; tries < OPEN_TRIES && rc == -ESTALE; tries++) {
         struct held h = shim_lock();
-        uint32_t known = rule->mode == RULE_MIRROR ? mirror_known(p->ask.open.name) : 0;
+        uint32_t known = rule->mode == RULE_MIRROR ? mirror_known(p->ask.open.name, !tries) : 0;
         shim_unlock(&h);
         rc = known ? (int)known : view_ask(p);
         if (!rc)
@@ -240,7 +240,7 @@ int view_open_region(const struct rule *rule, const char *path, int flags)
 static bool known_here(const char *name, struct control_view *v)
 {
     struct held h = shim_lock();
-    uint32_t n = mirror_known(name);
+    uint32_t n = mirror_known(name, true);
     if (n) {
         struct mount *m = &view_mounts[n - 1];
         *v = (struct control_view){.size = view_size(m),
@@ -280,7 +280,7 @@ static int resume(struct open_file *f)
     p->ask.size = f->held->size;
     p->resume = f->held->mode == CONTROL_PULL;
     struct held h = shim_lock();
-    int rc = p->resume ? 0 : (int)mirror_known(f->held->name);
+    int rc = p->resume ? 0 : (int)mirror_known(f->held->name, true);
     shim_unlock(&h);
     if (!rc)
         rc = view_ask(p);

@@ -139,8 +139,8 @@ static inline bool view_writable(const struct open_file *f)
 /* ---- mirror.c: regions that programs write to */
 
 bool mirror_possible(const struct rule *rule, const char *path); /* says why not */
-/* The mount that this process writes to under that name, opens raised: index + 1, or 0. Lock held. */
-uint32_t mirror_known(const char *name);
+/* The mount that this process writes to (or has locks on) under that name, opens raised: index + 1, or 0. Lock held. */
+uint32_t mirror_known(const char *name, bool locked);
 /* The mount becomes a region of this process, one of whose `fds` the caller then is; the lease is had. 0 or a negative
  * errno. */
 int mirror_attach(uint32_t mount, const struct control_terms *terms);

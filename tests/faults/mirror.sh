@@ -5,7 +5,7 @@
 # timeout: 300
 . "$(dirname "$0")/../lib.sh"
 
-cases=(agent_killed link_cut remote_killed program_killed all_killed all_lost loss_fail second_writer taken writer_after_writer host_lost_sqlite_delete host_lost_sqlite_wal host_lost_lmdb)
+cases=(agent_killed link_cut remote_killed program_killed all_killed all_lost loss_fail second_writer taken stale_reader writer_after_writer host_lost_sqlite_delete host_lost_sqlite_wal host_lost_lmdb)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
 far=$W/far
@@ -201,6 +201,31 @@ taken) # fenced: somebody took it by force while the link was away
     done
     memsync export --remote "$DIRECT" "$name" "$T/exported" >"$T/export.out" 2>&1 || fail "export: $(cat "$T/export.out")"
     same "$T/other" "$T/exported"
+    ;;
+stale_reader) # it has what was there, until it writes itself: then that must be what the others have left
+    setup
+    pipes reader
+    exec {RI}<>"$T/reader.in" {RO}<>"$T/reader.out"
+    mirror -- /usr/bin/python3 -c 'import os, sys, fcntl
+r = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.lockf(r, fcntl.LOCK_SH)
+a = os.pread(r, 5000000, 1000)
+print("open", flush=True)
+sys.stdin.readline()
+w = os.open(sys.argv[1], os.O_RDWR)
+print("other" if os.pread(w, 5000000, 1000) != a else "same", flush=True)
+os.pwrite(w, b"mine", 2000000)
+os.fsync(w)' "$far" <"$T/reader.in" >"$T/reader.out" 2>"$T/reader.err" &
+    PROGRAM=$!
+    read -r -t 30 -u "$RO" line || fail "it does not open: $(cat "$T/reader.err")"
+    head -c "$size" /dev/urandom >"$T/model"
+    memsync import --force "$T/model" "$name" >"$T/import.out" 2>&1 || fail "import: $(cat "$T/import.out")"
+    say >&"$RI"
+    read -r -t 30 -u "$RO" line || fail "it does not write: $(cat "$T/reader.err")"
+    [ "$line" = other ] || fail "it reads what was there before"
+    wait "$PROGRAM" || fail "it fails: $(cat "$T/reader.err")"
+    printf mine | dd of="$T/model" bs=1 seek=2000000 conv=notrunc status=none
+    poll 30 is_model || fail "what it wrote is not there, or not onto what the other had left"
     ;;
 writer_after_writer) # one after the other, by different agents: each sees what the last has left
     setup

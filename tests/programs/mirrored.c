@@ -177,7 +177,7 @@ static void maps(const char *path)
     char *map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     char *second = mmap(NULL, 10 * PAGE, PROT_READ, MAP_SHARED, fd, 2 * PAGE);
     char *own = mmap(NULL, 10 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
-    fill(map + PAGE, 100, 2);                 /* unfetched or not */
+    fill(map + PAGE, 100, 2); /* unfetched or not */
     map[size - 1] = map[5] + 1;
     for (size_t at = 0; at < size; at += 37 * PAGE)
         map[at] = (char)at;
@@ -448,8 +448,8 @@ static void appends(const char *path)
     for (int n = 0; n < APPENDERS * APPENDS; n++) {
         char record[102] = "";
         int i = -1, k = -1;
-        if (pread(fd, record, 101, n * 101) != 101 || sscanf(record, "%d:%d", &i, &k) != 2 || i < 0 ||
-            i >= APPENDERS || k != next[i]++ || record[100] != '\n' || record[99] != 'a' + i)
+        if (pread(fd, record, 101, n * 101) != 101 || sscanf(record, "%d:%d", &i, &k) != 2 || i < 0 || i >= APPENDERS ||
+            k != next[i]++ || record[100] != '\n' || record[99] != 'a' + i)
             wrong++;
     }
     printf("%ld bytes, %d wrong\n", (long)size_of(fd), wrong);
@@ -560,9 +560,9 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(const char *);
-    } table[] = {{"calls", calls},     {"errors", errors},   {"maps", maps},         {"forks", forks},
-                 {"locks", locks},     {"streams", streams}, {"appends", appends},   {"threads", threads},
-                 {"stores", stores},   {"rounds", rounds},   {"transfers", transfers}, {"inherited", inherited}};
+    } table[] = {{"calls", calls},   {"errors", errors},   {"maps", maps},           {"forks", forks},
+                 {"locks", locks},   {"streams", streams}, {"appends", appends},     {"threads", threads},
+                 {"stores", stores}, {"rounds", rounds},   {"transfers", transfers}, {"inherited", inherited}};
     if (argc == 3 && !strcmp(argv[1], "execs")) {
         execs(argv[2], argv[0]);
         return 0;
