@@ -206,13 +206,19 @@ stale_reader) # it has what was there, until it writes itself: then that must be
     setup
     pipes reader
     exec {RI}<>"$T/reader.in" {RO}<>"$T/reader.out"
-    mirror -- /usr/bin/python3 -c 'import os, sys, fcntl
+    mirror -- /usr/bin/python3 -c 'import os, sys, fcntl, errno, time
 r = os.open(sys.argv[1], os.O_RDONLY)
 fcntl.lockf(r, fcntl.LOCK_SH)
 a = os.pread(r, 5000000, 1000)
 print("open", flush=True)
 sys.stdin.readline()
-w = os.open(sys.argv[1], os.O_RDWR)
+until = time.time() + 30
+while True: # the tool gives its lease back once it is gone
+    try: w = os.open(sys.argv[1], os.O_RDWR)
+    except OSError as e:
+        if e.errno != errno.EBUSY or time.time() > until: raise
+        time.sleep(0.05)
+    else: break
 print("other" if os.pread(w, 5000000, 1000) != a else "same", flush=True)
 os.pwrite(w, b"mine", 2000000)
 os.fsync(w)' "$far" <"$T/reader.in" >"$T/reader.out" 2>"$T/reader.err" &
