@@ -62,20 +62,62 @@ static const char *start, *remote, *replica;
 static uint32_t every, pause_at, count;
 static bool *keep;
 
-/* ---- which state the replica has: a dry run stops at each moment that may have been published */
+/* ---- which state the replica has: a dry run stops at each moment that may have been published
+ *
+ * A look at pages that are about to be moved, or mapped over, begins a publication that the program does not wait for:
+ * what it stores meanwhile may be in it, or not. So if no state is the replica's as a whole, each byte may be from any
+ * moment between two neighbouring states. */
 
 static unsigned char *have[FILES];
 static uint64_t have_size[FILES];
 static uint32_t points, found;
-static uint64_t fewest = UINT64_MAX;
-static uint32_t nearest;
+static int differing_file;
+static uint64_t differing_page;
+static struct nearest {
+    uint32_t point, op;
+    uint64_t apart;
+    int file;
+    uint64_t page, size;
+} nearest = {.apart = UINT64_MAX};
+
+static unsigned char *seen[FILES]; /* for each byte: whether it had the replica's value since the last state */
+static bool seen_size[FILES];
+static size_t seen_entries;
+static uint32_t found_between;
+
+static void see(int file, uint64_t from, uint64_t to)
+{
+    const struct file *f = &files[file];
+    for (uint64_t at = from; at < to; at++)
+        seen[file][at] |= f->bytes[at] == have[file][at];
+    seen_size[file] |= f->size == have_size[file];
+}
+
+/* After an operation: what it touched may be the replica's now. */
+static void see_more(void)
+{
+    if (points < progress->acknowledged || found || found_between)
+        return;
+    bool all = true;
+    for (; seen_entries < entry_count; seen_entries++)
+        if (entries[seen_entries].file >= 0)
+            see(entries[seen_entries].file, entries[seen_entries].from, entries[seen_entries].to);
+    for (int i = 0; i < FILES && all; i++)
+        all = seen_size[i] && !memchr(seen[i], 0, max_size);
+    if (all)
+        found_between = points;
+}
 
 static uint64_t pages_apart(int file)
 {
     const struct file *f = &files[file];
     uint64_t apart = f->size != have_size[file];
     for (uint64_t at = 0; at < max_size; at += PAGE)
-        apart += memcmp(f->bytes + at, have[file] + at, PAGE) != 0;
+        if (memcmp(f->bytes + at, have[file] + at, PAGE)) {
+            apart++;
+            differing_file = file;
+            differing_page = at;
+        }
     return apart;
 }
 
@@ -95,23 +137,31 @@ static void point(bool acknowledged)
         apart += pages_apart(i);
     if (!apart && !found)
         found = points;
-    if (apart < fewest) {
-        fewest = apart;
-        nearest = points;
-        if (!getenv("EXERCISER_QUIET") && apart && apart < 1000 && progress->begun - op < 40) {
-            for (int i = 0; i < FILES; i++)
-                for (uint64_t at = 0; at < max_size; at += PAGE)
-                    if (memcmp(files[i].bytes + at, have[i] + at, PAGE)) {
-                        fprintf(stderr,
-                                "state %u (operation %u) is %llu pages off, the first is %#llx of file %d (sizes %llu, "
-                                "there %llu), touched by:\n",
-                                points, op, (unsigned long long)apart, (unsigned long long)at, i,
-                                (unsigned long long)files[i].size, (unsigned long long)have_size[i]);
-                        tell_page(i, at);
-                        return;
-                    }
-        }
+    if (apart < nearest.apart)
+        nearest = (struct nearest){points, op, apart, differing_file, differing_page, files[differing_file].size};
+    see_more();
+    for (int i = 0; i < FILES; i++) {
+        memset(seen[i], 0, max_size);
+        seen_size[i] = false;
+        see(i, 0, max_size);
     }
+}
+
+static void tell_nearest(void)
+{
+    fprintf(stderr, "the replica has none of the states %u (acknowledged) to %u\n", progress->acknowledged, points);
+    if (nearest.apart == UINT64_MAX)
+        return;
+    fprintf(stderr,
+            "nearest is %u, after operation %u, but for %llu pages, such as %#llx of file %d (%llu bytes, there %llu), "
+            "last touched by:\n",
+            nearest.point, nearest.op, (unsigned long long)nearest.apart, (unsigned long long)nearest.page,
+            nearest.file, (unsigned long long)nearest.size, (unsigned long long)have_size[nearest.file]);
+    tell_page(nearest.file, nearest.page, progress->begun);
+    fprintf(stderr, "what was done last, up to operation %u:\n", progress->begun);
+    for (size_t i = entry_count > TOLD ? entry_count - TOLD : 0; i < entry_count; i++)
+        fprintf(stderr, "  #%u %s, file %d [%#llx, %#llx)\n", entries[i].op, entries[i].what, entries[i].file,
+                (unsigned long long)entries[i].from, (unsigned long long)entries[i].to);
 }
 
 /* ---- files */
@@ -228,6 +278,8 @@ static void one(void)
     if (!dry)
         progress->begun = op;
     operations[i].run();
+    if (dry)
+        see_more();
     if (maps_used() > MAPS - 4)
         op_unmap();
 }
@@ -322,7 +374,7 @@ int main(int argc, char **argv)
     sigaction(SIGBUS, &action, NULL);
     sigaction(SIGSEGV, &action, NULL);
     for (int i = 0; i < FILES && dry; i++) {
-        MUST(have[i] = calloc(1, LARGEST));
+        MUST((have[i] = calloc(1, LARGEST)) && (seen[i] = calloc(1, LARGEST)));
         have_size[i] = load_file(replica, i, have[i]);
     }
     chance = scramble(seed);
@@ -339,15 +391,14 @@ int main(int argc, char **argv)
             check();
         }
     }
+    if (op-- > count)
+        point(false); /* the exit is one */
     if (!dry)
         return 0;
-    if (!found) {
-        fprintf(
-            stderr,
-            "seed %llu: of the states %u (acknowledged) to %u, none is the replica's; %u is nearest, %llu pages off\n",
-            (unsigned long long)seed, progress->acknowledged, points, nearest, (unsigned long long)fewest);
+    if (!found && !found_between) {
+        tell_nearest();
         return 1;
     }
-    printf("%u\n", found);
+    printf("%u%s\n", found ? found : found_between, !found ? " and some of what followed" : "");
     return 0;
 }

@@ -79,15 +79,18 @@ static inline void note(const char *what, int file, uint64_t from, uint64_t to)
     entries[entry_count++] = (struct entry){op, file, what, from, to};
 }
 
-/* The last operations that touched the page, or files as a whole. */
-static inline void tell_page(int file, uint64_t page)
+/* The last operations up to `last` that touched the page, and the sync points between them. */
+static inline void tell_page(int file, uint64_t page, uint32_t last)
 {
     size_t first = entry_count, told = 0;
+    while (first > 0 && entries[first - 1].op > last)
+        first--;
+    size_t end = first;
     while (first > 0 && told < TOLD) {
         const struct entry *e = &entries[--first];
         told += e->file == file && e->from < page + PAGE && e->to > page;
     }
-    for (size_t i = first; i < entry_count; i++) {
+    for (size_t i = first; i < end; i++) {
         const struct entry *e = &entries[i];
         if (e->file == -1)
             fprintf(stderr, "  #%u %s\n", e->op, e->what);
@@ -122,7 +125,7 @@ static inline void same_bytes(const char *how, int file, uint64_t at, const unsi
             (unsigned long long)seed, op, op_name, how, file, (unsigned long long)(at + where), got[where], want[where],
             (unsigned long long)pages, (unsigned long long)at, (unsigned long long)(at + len));
     fprintf(stderr, "the file has %llu bytes; last to touch the page:\n", (unsigned long long)files[file].size);
-    tell_page(file, (at + where) / PAGE * PAGE);
+    tell_page(file, (at + where) / PAGE * PAGE, op);
     _exit(1);
 }
 
@@ -133,7 +136,7 @@ static inline void same_size(const char *how, int file, uint64_t size)
     fprintf(stderr, "seed %llu, operation %u (%s): %s: file %d has %llu bytes, not %llu; last to touch its end:\n",
             (unsigned long long)seed, op, op_name, how, file, (unsigned long long)size,
             (unsigned long long)files[file].size);
-    tell_page(file, (size < files[file].size ? size : files[file].size) / PAGE * PAGE);
+    tell_page(file, (size < files[file].size ? size : files[file].size) / PAGE * PAGE, op);
     _exit(1);
 }
 

@@ -5,13 +5,18 @@
 #
 # A case is MODE/STRATEGY/PLACE/REMOTE/INTERVAL: as in programs/replicate.sh, and MEMSYNC_INTERVAL.
 #   push     what is stored and written is at the remote, as the shadow has it
+#   pull     what only reads; pull/ORDER
+#   crash    agents, or the program, are killed at some operation: the replica has the state of one sync point, not older than the last acknowledged one
 #
 # TEST_OPS, TEST_SEED: how many operations and which, to repeat a run; the seed is printed. TEST_ROUNDS=200 makes it 100000.
+# TEST_ACK=async shows that the check of crash can fail: what was acknowledged is then lost in kills of the remote.
 # "exerciser.sh shrink CASE": with both of them, finds few operations that still fail, by leaving others out.
 . "$(dirname "$0")/../lib.sh"
 
 cases=(push/uffd/disk push/hash/disk push/inotify/disk push/auto/memory push/auto/disk/mem push/uffd/memory/file push/auto/disk/file push/auto/disk/hub
-    push/uffd/disk/agent/10ms push/auto/memory/agent/off)
+    push/uffd/disk/agent/10ms push/auto/memory/agent/off
+    pull/fault pull/linear pull/recorded pull/none
+    crash/uffd/disk crash/hash/disk crash/auto/memory)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 exerciser=$BUILD/tests/faults/exerciser
 rounds=${TEST_ROUNDS:-20}
@@ -61,7 +66,7 @@ exerciser_start() { # VARIABLE=VALUE... -- OPTION...
     shift
     pipes exerciser
     exec {IN}<>"$T/exerciser.in" {OUT}<>"$T/exerciser.out"
-    LIMIT=1700 shim "${variables[@]}" -- "$exerciser" run "$W" "$seed" "$operations" "${options[@]}" "$@" \
+    LIMIT=1700 shim "${variables[@]}" -- "$exerciser" run "${WHERE:-$W}" "$seed" "$operations" "${options[@]}" "$@" \
         <"$T/exerciser.in" >"$T/exerciser.out" 2>>"$T/program.err" &
     PROGRAM=$!
     says
@@ -131,6 +136,96 @@ push)
         ;;
     file) same_tree ;;
     esac
+    ;;
+pull)
+    order=$strategy
+    start_remote
+    mkdir "$T/start"
+    for i in 0 1; do
+        head -c $((RANDOM * 60 + 1)) /dev/urandom >"$T/start/$i"
+        memsync import "$T/start/$i" "${W#/}/far/$i" >"$T/import.out" 2>&1 || fail "import: $(cat "$T/import.out")"
+    done
+    WHERE=$W/far exerciser_start MEMSYNC_REGIONS="$W/far/**=pull,order=$order" -- read=1 start="$T/start"
+    says
+    exerciser_end
+    quiet "$T/program.err"
+    [ ! -e "$W/far" ] || fail "$W/far is on the disk"
+    ;;
+crash)
+    # Without what leaves more than one state possible: nobody waits for MS_ASYNC, and a thread that stores during a sync point is there in part.
+    without=async,race
+    [ "$place" = memory ] && without+=,zero,collapse,insert
+    options=(without="$without")
+    RANDOM=$seed
+    start_remote
+    ADDRESS=$REMOTE
+    operations=${TEST_OPS:-600}
+    first=$seed
+    rounds=$(((rounds + 3) / 4))
+    find_state() { # what the replica has, looked at while the remote is stopped
+        rm -rf "$T/replica"
+        mkdir -p "$T/replica"
+        cp "$(replica "$W")"/[01] "$T/replica/" 2>/dev/null || true
+        cp "$T/progress" "$T/progress.then"
+        FOUND=$("$exerciser" find "$W" "$seed" "$operations" "${options[@]}" "${from[@]}" replica="$T/replica" progress="$T/progress.then" 2>"$T/found.out") ||
+            fail "round $round ($fault, pause=$pause, seed $seed): the replica is no state of the program: $(<"$T/found.out")"
+    }
+    recover() { "$BUILD/memsync" recover "$STORE" >"$T/recover.out" 2>&1 || fail "round $round ($fault): memsync recover: $(cat "$T/recover.out")"; }
+    kill_local() {
+        local pid
+        for pid in $(local_agents); do
+            kill -KILL "$pid" 2>/dev/null || true
+        done
+    }
+    faults=(program local remote local_remote program_local program_remote)
+    from=()
+    for ((round = 1; round <= rounds; round++)); do
+        fault=${faults[RANDOM % ${#faults[@]}]}
+        seed=$((first + round))
+        pause=$((RANDOM % (operations - 50) + 1))
+        delay=0.00$((RANDOM % 10))
+        REMOTE=$ADDRESS
+        rm -f "$T/progress"
+        exerciser_start MEMSYNC_STRATEGY="$strategy" MEMSYNC_INTERVAL=off MEMSYNC_ON_LOSS=block MEMSYNC_TIMEOUT=3s MEMSYNC_ACK="${TEST_ACK:-durable}" -- "${from[@]}" pause=$pause progress="$T/progress"
+        says
+        [ "$WORD" = at ] || fail "round $round: it said '$WORD'"
+        go_on
+        sleep "$delay"
+        case $fault in
+        local*) kill_local ;;
+        program*) kill -KILL "$PROGRAM_PID" 2>/dev/null || true ;;
+        esac
+        case $fault in
+        program_local) kill_local ;;
+        *remote)
+            kill_remote
+            recover
+            find_state
+            LISTEN=$ADDRESS start_remote
+            ;;
+        esac
+        if [[ $fault == program* ]]; then
+            wait "$PROGRAM" 2>/dev/null || true
+            exec {IN}>&- {OUT}>&-
+            stop_local
+            stop_remote
+            find_state
+        else
+            says
+            [ "$WORD" = end ] || fail "round $round: it said '$WORD'"
+            exerciser_end
+            stop_local
+            stop_remote
+            find_state
+            same_tree
+        fi
+        say "round $round: $fault at $pause: state $FOUND"
+        rm -rf "$T/start"
+        mkdir "$T/start"
+        cp "$W/0" "$W/1" "$T/start/"
+        from=(start="$T/start")
+        LISTEN=$ADDRESS start_remote
+    done
     ;;
 *) fail "no such mode: $mode" ;;
 esac

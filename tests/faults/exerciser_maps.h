@@ -265,11 +265,11 @@ static void op_child_reads(void)
 {
     struct map *m;
     struct range r;
-    int file = (int)draw(FILES);
+    int file = (int)draw(FILES), status = 0;
     struct slot *s = some_slot(file, O_RDONLY);
-    if (!some_mapped(PROT_READ, &m, &r) || !s || dry)
+    if (!some_mapped(PROT_READ, &m, &r) || !s)
         return;
-    pid_t child = fork();
+    pid_t child = dry ? 1 : fork();
     REAL(child >= 0);
     if (child == 0) {
         same_bytes("load by a child", m->file, r.at, map_at(m, r.at), r.len);
@@ -277,8 +277,9 @@ static void op_child_reads(void)
         same_bytes("read by a child", file, 0, buffer, files[file].size);
         _exit(0);
     }
-    int status = 0;
     REAL(waitpid(child, &status, 0) == child && status == 0);
+    note("a child's exit", -1, 0, 0);
+    point(false);
 }
 
 /* A child that stores, and writes; then ends. */
