@@ -10,7 +10,8 @@
  *   remote=DIR    copies of what the remote has, made at each check         pause=N      says "at N" there
  *   without=A,B   no such operations                                        keep=FILE    only the operations whose
  *   progress=FILE operations begun and acknowledged, for find                            numbers are in FILE's lines
- *   replica=DIR   for find
+ *   replica=DIR   for find                                                  mirror=1     not the calls that mirrors
+ *                                                                           refuse
  */
 #include "tests/faults/exerciser_maps.h"
 
@@ -339,6 +340,8 @@ static void parse(int argc, char **argv)
             pause_at = (uint32_t)atoi(value);
         else if (!strcmp(argv[i], "read"))
             read_only = true;
+        else if (!strcmp(argv[i], "mirror"))
+            mirrored = true;
         else if (!strcmp(argv[i], "without"))
             leave_out(value);
         else if (!strcmp(argv[i], "keep"))

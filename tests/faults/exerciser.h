@@ -43,7 +43,7 @@ struct entry {
 static struct file files[FILES];
 static struct map maps[MAPS];
 static uint64_t max_size = 2 << 20;
-static bool dry, read_only;
+static bool dry, read_only, mirrored;
 static uint64_t seed;
 static uint32_t op; /* the one being done; 0: opening the files */
 static const char *op_name = "setup";

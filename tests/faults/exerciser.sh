@@ -5,18 +5,19 @@
 #
 # A case is MODE/STRATEGY/PLACE/REMOTE/INTERVAL: as in programs/replicate.sh, and MEMSYNC_INTERVAL.
 #   push     what is stored and written is at the remote, as the shadow has it
-#   pull     what only reads; pull/ORDER
+#   pull     what only reads; pull/ORDER[/RESIDENT]
+#   mirror   as push; mirror/ORDER[/RESIDENT]
 #   crash    agents, or the program, are killed at some operation: the replica has the state of one sync point, not older than the last acknowledged one
 #
 # TEST_OPS, TEST_SEED: how many operations and which, to repeat a run; the seed is printed. TEST_ROUNDS=200 makes it 100000.
-# TEST_ACK=async shows that the check of crash can fail: what was acknowledged is then lost in kills of the remote.
+# TEST_FAULTS: of crash, only these. TEST_ACK=async shows that the check of crash can fail: what was acknowledged is then lost in kills of the remote.
 # "exerciser.sh shrink CASE": with both of them, finds few operations that still fail, by leaving others out.
 . "$(dirname "$0")/../lib.sh"
 
 cases=(push/uffd/disk push/hash/disk push/inotify/disk push/auto/memory push/auto/disk/mem push/uffd/memory/file push/auto/disk/file push/auto/disk/hub
     push/uffd/disk/agent/10ms push/auto/memory/agent/off
-    pull/fault pull/linear pull/recorded pull/none
-    crash/uffd/disk crash/hash/disk crash/auto/memory)
+    pull/fault pull/linear pull/recorded pull/none pull/fault/4M pull/linear/4M mirror/fault mirror/none
+    crash/uffd/disk crash/auto/memory)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 exerciser=$BUILD/tests/faults/exerciser
 rounds=${TEST_ROUNDS:-20}
@@ -56,6 +57,7 @@ options=(every=500 ${TEST_KEEP:+keep="$TEST_KEEP"} ${TEST_EVERY:+every="$TEST_EV
 [ "$place" = memory ] && work_in_memory
 [ "$place" = memory ] && options+=(without=zero,collapse,insert) # which tmpfs has not
 
+WHERE=$W # the files are
 PROGRAM='' PROGRAM_PID='' IN='' OUT=''
 exerciser_start() { # VARIABLE=VALUE... -- OPTION...
     local variables=()
@@ -66,7 +68,7 @@ exerciser_start() { # VARIABLE=VALUE... -- OPTION...
     shift
     pipes exerciser
     exec {IN}<>"$T/exerciser.in" {OUT}<>"$T/exerciser.out"
-    LIMIT=1700 shim "${variables[@]}" -- "$exerciser" run "${WHERE:-$W}" "$seed" "$operations" "${options[@]}" "$@" \
+    LIMIT=1700 shim "${variables[@]}" -- "$exerciser" run "$WHERE" "$seed" "$operations" "${options[@]}" "$@" \
         <"$T/exerciser.in" >"$T/exerciser.out" 2>>"$T/program.err" &
     PROGRAM=$!
     says
@@ -76,13 +78,17 @@ exerciser_start() { # VARIABLE=VALUE... -- OPTION...
 # What it says next, in $WORD and $NUMBER; "end" when it has ended, by itself.
 says() {
     local until=$((SECONDS + ${SAYS_LIMIT:-120}))
-    while ! read -r -t 0.2 -u "$OUT" WORD NUMBER; do
-        if gone "$PROGRAM"; then
-            read -r -t 0.01 -u "$OUT" WORD NUMBER || { WORD=end; NUMBER=0; }
+    local line='' part ended=''
+    while ! IFS= read -r -t 0.2 -u "$OUT" part; do
+        line+=$part
+        if [ -n "$ended" ]; then
+            WORD=end
             return
         fi
+        gone "$PROGRAM" && ended=yes # what it said before is read first
         [ "$SECONDS" -lt "$until" ] || fail "it says nothing for ${SAYS_LIMIT:-120} s; status: $(memsync status 2>&1 | head -n 20)"
     done
+    read -r WORD NUMBER <<<"$line$part"
 }
 go_on() { say go >&"$IN"; }
 exerciser_end() {
@@ -98,7 +104,7 @@ follow() {
         [ "$WORD" = check ] || fail "it said '$WORD'"
         for i in 0 1; do
             rm -f "$T/remote/$i" # export asks for a name that is free
-            memsync export "${W#/}/$i" "$T/remote/$i" >"$T/export.out" 2>&1 || fail "export at operation $NUMBER: $(cat "$T/export.out")"
+            memsync export "${WHERE#/}/$i" "$T/remote/$i" >"$T/export.out" 2>&1 || fail "export at operation $NUMBER: $(cat "$T/export.out")"
         done
         go_on
     done
@@ -137,19 +143,26 @@ push)
     file) same_tree ;;
     esac
     ;;
-pull)
-    order=$strategy
+pull | mirror)
+    WHERE=$W/far
     start_remote
     mkdir "$T/start"
+    # With a bound, files that are larger than that: it is 4 MiB at least.
+    size=60
+    [ -z "$place" ] || { size=240; options+=(max=8388608); }
     for i in 0 1; do
-        head -c $((RANDOM * 60 + 1)) /dev/urandom >"$T/start/$i"
-        memsync import "$T/start/$i" "${W#/}/far/$i" >"$T/import.out" 2>&1 || fail "import: $(cat "$T/import.out")"
+        head -c $((RANDOM * size + 1)) /dev/urandom >"$T/start/$i"
+        memsync import "$T/start/$i" "${WHERE#/}/$i" >"$T/import.out" 2>&1 || fail "import: $(cat "$T/import.out")"
     done
-    WHERE=$W/far exerciser_start MEMSYNC_REGIONS="$W/far/**=pull,order=$order" -- read=1 start="$T/start"
-    says
-    exerciser_end
+    if [ "$mode" = pull ]; then
+        options+=(read=1)
+    else
+        options+=(mirror=1 without=collapse,insert,remove remote="$T/remote")
+    fi
+    exerciser_start MEMSYNC_REGIONS="$WHERE/**=$mode,order=$strategy${place:+,resident=$place}" -- start="$T/start"
+    follow
     quiet "$T/program.err"
-    [ ! -e "$W/far" ] || fail "$W/far is on the disk"
+    [ ! -e "$WHERE" ] || fail "$WHERE is on the disk"
     ;;
 crash)
     # Without what leaves more than one state possible: nobody waits for MS_ASYNC, and a thread that stores during a sync point is there in part.
@@ -177,7 +190,7 @@ crash)
             kill -KILL "$pid" 2>/dev/null || true
         done
     }
-    faults=(program local remote local_remote program_local program_remote)
+    read -ra faults <<<"${TEST_FAULTS:-program local remote local_remote program_local program_remote}"
     from=()
     for ((round = 1; round <= rounds; round++)); do
         fault=${faults[RANDOM % ${#faults[@]}]}

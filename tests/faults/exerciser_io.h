@@ -166,7 +166,7 @@ static void op_write(void)
             REAL(close(again) == 0);
             break;
         default: /* through a pipe, a piece at a time */
-            if (r.len <= 65536 && !(s->flags & O_APPEND)) {
+            if (r.len <= 65536 && !(s->flags & O_APPEND) && !mirrored) {
                 int p[2];
                 loff_t to = at;
                 REAL(pipe(p) == 0 && write(p[1], buffer, r.len) == (ssize_t)r.len);
@@ -220,7 +220,7 @@ static void op_copy(void)
     grow_to(to, at + r.len);
     note("copy", to, at, at + r.len);
     loff_t source = (loff_t)r.at, target = (loff_t)at;
-    uint64_t how = draw(2);
+    uint64_t how = mirrored ? 1 : draw(2);
     if (!dry && how)
         REAL(lseek(out->fd, target, SEEK_SET) == target);
     for (size_t left = r.len; !dry && left > 0;) {
