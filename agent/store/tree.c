@@ -161,13 +161,14 @@ static int trees_make(struct store_pin *pin)
     return err;
 }
 
-/* The tree that is the pin's now, the region being locked for reading. */
+/* The tree that is the pin's now, the region being locked for reading and its file open: a checkpoint closes that of a
+ * region at rest, and leaves its tree. */
 static int trees_lock(struct store_pin *pin, struct tree **out)
 {
     for (;;) {
         pthread_rwlock_rdlock(&pin->r->lock);
         *out = pin->tree ? pin->tree : pin->behind ? NULL : pin->r->tree;
-        if (pin->lost || *out)
+        if (pin->lost || (*out && pin->r->fd >= 0))
             break;
         pthread_rwlock_unlock(&pin->r->lock);
         int err = trees_make(pin);

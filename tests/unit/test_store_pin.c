@@ -465,6 +465,29 @@ static void fresh_reads_again(void **state)
     store_unpin(pin);
 }
 
+static void checkpointed(void *arg)
+{
+    *(bool *)arg = true;
+}
+
+/* A checkpoint closes the file of a region that nobody has pinned; its tree stays. */
+static void trees_of_a_region_at_rest(void **state)
+{
+    struct kit *k = *state;
+    struct model m = {.size = 3 * FRAME_PAGE, .fill = {'a', 'a', 'a'}};
+    bool done = false;
+    assert_int_equal(kit_write(k, 0, 1, m.size, 'a'), 0);
+    struct store_pin *pin = pin_it(k, 1, m.size);
+    expect_tree(k, pin, &m, false);
+    store_unpin(pin);
+    store_checkpoint(k->s, checkpointed, &done);
+    while (!done)
+        uv_run(&k->loop, UV_RUN_ONCE);
+    pin = pin_it(k, 1, m.size);
+    expect_tree(k, pin, &m, true);
+    store_unpin(pin);
+}
+
 /* A delta that did not come out right: what is in the file is looked at anew. */
 static void a_refused_delta_doubts_the_tree(void **state)
 {
@@ -682,6 +705,7 @@ int main(void)
         BOTH(trees_are_as_of_the_pin),
         BOTH(trees_while_an_epoch_is_applied),
         BOTH(fresh_reads_again),
+        BOTH(trees_of_a_region_at_rest),
         BOTH(a_refused_delta_doubts_the_tree),
         BOTH(trees_end_within_a_page),
         BOTH(trees_of_holes),
