@@ -16,8 +16,8 @@
 
 cases=(push/uffd/disk push/hash/disk push/inotify/disk push/auto/memory push/auto/disk/mem push/uffd/memory/file push/auto/disk/file push/auto/disk/hub
     push/uffd/disk/agent/10ms push/auto/memory/agent/off
-    pull/fault pull/linear pull/recorded pull/none pull/fault/4M pull/linear/4M mirror/fault mirror/none
-    crash/uffd/disk crash/auto/memory)
+    pull/fault pull/linear pull/recorded pull/none mirror/fault mirror/none
+    crash/uffd/disk crash/hash/disk crash/auto/memory)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 exerciser=$BUILD/tests/faults/exerciser
 rounds=${TEST_ROUNDS:-20}
