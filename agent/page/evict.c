@@ -140,12 +140,15 @@ void evict_room(struct mount *m, uint64_t pages)
     if (!e->n)
         queue_anew(m);
     view_punch_begin(m->shared);
+    uint64_t spared = 0;
     for (size_t left = e->n; left && before - m->pages.have_n < over; left--) {
         struct filled f = queue_take(e);
-        if (is_kept(e, f))
+        if (is_kept(e, f) && spared + (f.to - f.from) <= e->bound / 2) {
+            spared += f.to - f.from;
             queue_put(e, f);
-        else
+        } else {
             mount_punch(m, f.from, f.to);
+        }
     }
     view_punch_end(m->shared);
     e->evicted += (before - m->pages.have_n) * PAGE_SIZE;
@@ -169,6 +172,12 @@ void evict_walk(struct mount *m, uint64_t at)
     evict_lead(m, at, at + e->ahead < m->pages.count ? at + e->ahead : m->pages.count);
 }
 
+/* What is asked for goes before what is here: never more than half, or pages would go as they come. */
+bool evict_can_ask(const struct mount *m)
+{
+    return !m->evict.bound || m->pages.asked_n <= m->evict.bound / 2;
+}
+
 bool evict_next(struct mount *m, uint64_t *from, uint64_t *to)
 {
     struct eviction *e = &m->evict;
@@ -178,9 +187,10 @@ bool evict_next(struct mount *m, uint64_t *from, uint64_t *to)
         return plan_next(&m->plan, &theirs, from, to);
     e->lead_to = e->lead_to < mount_pages(m) ? e->lead_to : mount_pages(m); /* it may have been cut */
     *from = e->lead < e->lead_to ? pages_gap(&m->pages, e->lead, e->lead_to) : e->lead_to;
-    if (*from >= e->lead_to)
+    if (*from >= e->lead_to || m->pages.asked_n > e->bound / 4)
         return false;
     uint64_t end = *from + PLAN_WINDOW < e->lead_to ? *from + PLAN_WINDOW : e->lead_to;
     *to = pages_gap_end(&m->pages, *from, end);
+    e->lead = *to; /* once: what has gone again was not wanted */
     return true;
 }

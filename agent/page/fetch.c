@@ -226,7 +226,7 @@ bool fetch_is_far(const struct mount *m, uint64_t page)
 
 static bool can_demand(const struct mount *m)
 {
-    return m->state == MOUNT_PINNED && m->pager->demand_n < DEMAND_READS;
+    return m->state == MOUNT_PINNED && m->pager->demand_n < DEMAND_READS && evict_can_ask(m);
 }
 
 static void demand(struct mount *m, uint64_t from, uint64_t to, uint64_t since)

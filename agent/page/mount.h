@@ -260,6 +260,7 @@ void evict_room(struct mount *m, uint64_t pages);
 void evict_keep(struct mount *m, uint64_t from, uint64_t to); /* a call is about to read these */
 void evict_lead(struct mount *m, uint64_t from, uint64_t to); /* these will be wanted next */
 void evict_walk(struct mount *m, uint64_t at); /* or those from there on, if this goes on */
+bool evict_can_ask(const struct mount *m); /* demand; else it waits for answers */
 /* The next run to be asked for in the background. */
 bool evict_next(struct mount *m, uint64_t *from, uint64_t *to);
 void fetch_cut(struct mount *m); /* nothing beyond its base is of use any more */

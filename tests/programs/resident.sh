@@ -5,7 +5,7 @@
 # timeout: 120
 . "$(dirname "$0")/../lib.sh"
 
-cases=(random walks shared killed cut small race)
+cases=(random walks shared killed cut small race long)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
 paged=$BUILD/tests/programs/paged
@@ -102,6 +102,18 @@ race) # most of what is read is there, and goes while it is read
     memsync import "$T/made" "${far#/}/half" >"$T/import.out" || fail "$(cat "$T/import.out")"
     pull -- "$paged" random "$far/half" $((ops * 2)) 4 "$seed"
     pull -- "$paged" transfers "$far/half" "$ops" 4 "$seed"
+    ;;
+long) # calls that read more than may be here, by two programs
+    bound=4
+    for bs in 8M 3M 1000000; do
+        pull -- dd if="$far/big" bs=$bs status=none | sha256sum >"$T/one" &
+        pull -- dd if="$far/big" bs=$bs status=none | sha256sum >"$T/two"
+        wait $! || fail "exit $?"
+        same "$T/one" "$T/two"
+    done
+    memsync export "${far#/}/big" "$T/plain" >/dev/null && sha256sum <"$T/plain" >"$T/plain.sum"
+    same "$T/plain.sum" "$T/one"
+    pull -- "$paged" check "$far/big"
     ;;
 small) # less than can be kept to is taken as that
     bound=4
