@@ -7,7 +7,8 @@
 #   push     what is stored and written is at the remote, as the shadow has it
 #   pull     what only reads; pull/ORDER[/RESIDENT]
 #   mirror   as push; mirror/ORDER[/RESIDENT]
-#   crash    agents, or the program, are killed at some operation: the replica has the state of one sync point, not older than the last acknowledged one
+#   crash    agents, or the program, are killed at some operation: the replica has the state of one sync point, not older than the last acknowledged one;
+#            crash/mirror/ORDER: over a mirror
 #
 # TEST_OPS, TEST_SEED: how many operations and which, to repeat a run; the seed is printed. TEST_ROUNDS=200 makes it 100000.
 # TEST_FAULTS: of crash, only these. TEST_ACK=async shows that the check of crash can fail: what was acknowledged is then lost in kills of the remote.
@@ -16,13 +17,14 @@
 
 cases=(push/uffd/disk push/hash/disk push/inotify/disk push/auto/memory push/auto/disk/mem push/uffd/memory/file push/auto/disk/file push/auto/disk/hub
     push/uffd/disk/agent/10ms push/auto/memory/agent/off
-    pull/fault pull/linear pull/recorded pull/none mirror/fault mirror/none
-    crash/uffd/disk crash/hash/disk crash/auto/memory)
+    pull/fault pull/linear pull/recorded pull/none pull/fault/4M pull/linear/4M mirror/fault mirror/none
+    crash/uffd/disk crash/hash/disk crash/auto/memory crash/mirror/fault)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 exerciser=$BUILD/tests/faults/exerciser
 rounds=${TEST_ROUNDS:-20}
 operations=${TEST_OPS:-$((rounds * 500 / (rounds < 200 ? 5 : 1)))}
 seed=${TEST_SEED:-$((SRANDOM % 1000000))}
+RANDOM=$seed
 
 if [ "$1" = shrink ]; then
     # A list of numbers; halves, quarters, ... of it are left out as long as it still fails.
@@ -167,20 +169,33 @@ pull | mirror)
 crash)
     # Without what leaves more than one state possible: nobody waits for MS_ASYNC, and a thread that stores during a sync point is there in part.
     without=async,race
+    from=()
     [ "$place" = memory ] && without+=,zero,collapse,insert
-    options=(without="$without")
-    RANDOM=$seed
+    regions=$W/**
     start_remote
     ADDRESS=$REMOTE
+    if [ "$strategy" = mirror ]; then
+        WHERE=$W/far
+        regions=$WHERE/**=mirror,order=$place
+        strategy=auto
+        without+=,collapse,insert,remove
+        mkdir "$T/start"
+        for i in 0 1; do
+            head -c $((RANDOM * 60 + 1)) /dev/urandom >"$T/start/$i"
+            memsync import "$T/start/$i" "${WHERE#/}/$i" >"$T/import.out" 2>&1 || fail "import: $(cat "$T/import.out")"
+        done
+        from=(start="$T/start" mirror=1)
+    fi
+    options=(without="$without")
     operations=${TEST_OPS:-600}
     first=$seed
     rounds=$(((rounds + 3) / 4))
     find_state() { # what the replica has, looked at while the remote is stopped
         rm -rf "$T/replica"
         mkdir -p "$T/replica"
-        cp "$(replica "$W")"/[01] "$T/replica/" 2>/dev/null || true
+        cp "$(replica "$WHERE")"/[01] "$T/replica/" 2>/dev/null || true
         cp "$T/progress" "$T/progress.then"
-        FOUND=$("$exerciser" find "$W" "$seed" "$operations" "${options[@]}" "${from[@]}" replica="$T/replica" progress="$T/progress.then" 2>"$T/found.out") ||
+        FOUND=$("$exerciser" find "$WHERE" "$seed" "$operations" "${options[@]}" "${from[@]}" replica="$T/replica" progress="$T/progress.then" 2>"$T/found.out") ||
             fail "round $round ($fault, pause=$pause, seed $seed): the replica is no state of the program: $(<"$T/found.out")"
     }
     recover() { "$BUILD/memsync" recover "$STORE" >"$T/recover.out" 2>&1 || fail "round $round ($fault): memsync recover: $(cat "$T/recover.out")"; }
@@ -191,7 +206,6 @@ crash)
         done
     }
     read -ra faults <<<"${TEST_FAULTS:-program local remote local_remote program_local program_remote}"
-    from=()
     for ((round = 1; round <= rounds; round++)); do
         fault=${faults[RANDOM % ${#faults[@]}]}
         seed=$((first + round))
@@ -199,7 +213,7 @@ crash)
         delay=0.00$((RANDOM % 10))
         REMOTE=$ADDRESS
         rm -f "$T/progress"
-        exerciser_start MEMSYNC_STRATEGY="$strategy" MEMSYNC_INTERVAL=off MEMSYNC_ON_LOSS=block MEMSYNC_TIMEOUT=3s MEMSYNC_ACK="${TEST_ACK:-durable}" -- "${from[@]}" pause=$pause progress="$T/progress"
+        exerciser_start MEMSYNC_REGIONS="$regions" MEMSYNC_STRATEGY="$strategy" MEMSYNC_INTERVAL=off MEMSYNC_ON_LOSS=block MEMSYNC_TIMEOUT=3s MEMSYNC_ACK="${TEST_ACK:-durable}" -- "${from[@]}" pause=$pause progress="$T/progress"
         says
         [ "$WORD" = at ] || fail "round $round: it said '$WORD'"
         go_on
@@ -230,13 +244,17 @@ crash)
             stop_local
             stop_remote
             find_state
-            same_tree
+            [ "$WHERE" != "$W" ] || same_tree
         fi
         say "round $round: $fault at $pause: state $FOUND"
         rm -rf "$T/start"
         mkdir "$T/start"
-        cp "$W/0" "$W/1" "$T/start/"
-        from=(start="$T/start")
+        if [ "$WHERE" = "$W" ]; then
+            cp "$W/0" "$W/1" "$T/start/"
+            from=(start="$T/start")
+        else
+            cp "$T/replica"/[01] "$T/start/"
+        fi
         LISTEN=$ADDRESS start_remote
     done
     ;;
