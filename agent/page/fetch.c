@@ -463,6 +463,8 @@ static void take_data(struct pager *g, uint32_t stream, const struct buf *p)
     struct mount *m = r->mount;
     uint64_t at = r->offset + r->got, useful = at < r->limit ? r->limit - at : 0;
     int rc = m && useful ? mount_put(m, at, d.data, d.len < useful ? d.len : useful) : 0;
+    if (m && m->body && useful && useful < d.len && r->limit % PAGE_SIZE)
+        extents_add(&m->body->dirty, r->limit, r->limit + 1); /* the remote's is longer */
     r->got += d.len;
     g->under[r->stream] -= d.len;
     if (r->bulk)

@@ -86,6 +86,16 @@ int mount_resize(struct mount *m, uint64_t size)
     return 0;
 }
 
+/* The page that the base cuts, if it is not here: it has to come, and go to the remote without what it had behind the
+ * cut, even if the program is killed and nobody knows of the cut any more. */
+static void want_cut(struct mount *m)
+{
+    uint64_t page = m->base / PAGE_SIZE;
+    if (m->base % PAGE_SIZE && page < m->pages.count && !pages_bit(m->pages.have, page) &&
+        !pages_bit(m->pages.asked, page) && !fetch_demanded(m, page))
+        fetch_want(m, page, page + 1, uv_now(m->pager->link->local->loop));
+}
+
 int mount_truncate(struct mount *m, uint64_t size, bool grow)
 {
     if (!m->body || m->eager)
@@ -107,6 +117,7 @@ int mount_truncate(struct mount *m, uint64_t size, bool grow)
     int rc = mount_resize(m, size);
     view_punch_end(m->shared);
     fetch_cut(m);
+    want_cut(m);
     return rc;
 }
 
@@ -136,6 +147,7 @@ int page_adopt(struct mount *m, struct body *b)
     b->mount = m;
     b->mirror = true;
     b->base = m->base;
+    want_cut(m);
     return 0;
 }
 

@@ -5,7 +5,7 @@
 # timeout: 300
 . "$(dirname "$0")/../lib.sh"
 
-cases=(agent_killed link_cut remote_killed program_killed all_killed all_lost loss_fail second_writer taken stale_reader writer_after_writer host_lost_sqlite_delete host_lost_sqlite_wal host_lost_lmdb)
+cases=(agent_killed link_cut remote_killed program_killed cut_killed all_killed all_lost loss_fail second_writer taken stale_reader writer_after_writer host_lost_sqlite_delete host_lost_sqlite_wal host_lost_lmdb)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
 far=$W/far
@@ -112,6 +112,26 @@ program_killed) # what it has stored is the agent's to publish
         : >"$T/stores"
     done
     mirror -- cmp "$far" "$T/model" || fail "read again it is something else"
+    ;;
+cut_killed) # of a page that was not fetched, only what was before the cut is left, although nobody knows of the cut any more
+    setup
+    EXTRA=interval=off,order=none
+    mirror -- /usr/bin/python3 -c 'import mmap, os, sys, time
+fd = os.open(sys.argv[1], os.O_RDWR)
+map = mmap.mmap(fd, 8192)
+os.ftruncate(fd, (8 << 20) + 5000)
+os.ftruncate(fd, 9 << 20)
+map[0] = 1
+print("cut", os.getpid(), flush=True)
+time.sleep(600)' "$far" >"$T/cuts" 2>"$T/cuts.err" &
+    PROGRAM=$!
+    poll 30 grep -q cut "$T/cuts" || fail "it has not cut: $(cat "$T/cuts.err")"
+    kill -KILL "$(cut -d" " -f2 "$T/cuts")"
+    wait "$PROGRAM" 2>/dev/null || true
+    head -c $(((8 << 20) + 5000)) "$T/first" >"$T/model"
+    truncate -s $((9 << 20)) "$T/model"
+    printf '\1' | dd of="$T/model" conv=notrunc status=none
+    poll 30 is_model || fail "the cut is not at the remote: $(cmp "$T/model" "$T/exported" 2>&1 || true)"
     ;;
 all_killed) # program and agent: what was not synced is gone, the rest is an epoch
     setup
