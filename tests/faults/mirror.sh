@@ -311,6 +311,7 @@ END
         host() { shim XDG_STATE_HOME="$T/hosts/$i" MEMSYNC_REGIONS="$far=mirror,name=db/all" -- /usr/bin/python3 "$@"; }
         opens() { host -c 'import os, sys; os.open(sys.argv[1], os.O_RDWR)' "$far" 2>"$T/opens.err"; }
         [ "$i" = 1 ] || poll 40 opens || fail "the lease of the lost host does not end: $(cat "$T/opens.err")"
+        : >"$T/commits"
         host "$T/commits.py" "$how" "$far" "$last" >"$T/commits" 2>"$T/commits.err" &
         PROGRAM=$!
         poll 60 grep -q found "$T/commits" || fail "host $i cannot open it: $(cat "$T/commits.err")"
