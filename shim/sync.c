@@ -181,6 +181,7 @@ int sync_end(struct ticket *t)
             sync_abandon(t);
             break;
         }
+        until = 0; /* it blocks: an agent that comes later is asked, too */
     }
     t->kind = TICKET_NONE;
     client_notices();
