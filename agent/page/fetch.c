@@ -147,10 +147,9 @@ static struct read *read_new(struct mount *m, uint64_t from, uint64_t to, bool b
                        .bulk = bulk};
     g->reads = r;
     g->under[stream] += r->len;
-    if (bulk)
-        g->bulk += r->len;
-    else
-        g->demand_n++;
+    g->bulk += bulk ? r->len : 0;
+    g->bulk_n += bulk;
+    g->demand_n += !bulk;
     pages_ask(&m->pages, from, to);
     return r;
 }
@@ -170,10 +169,9 @@ static void read_free(struct pager *g, struct read *r)
         at = &(*at)->next;
     *at = r->next;
     g->under[r->stream] -= r->len - r->got;
-    if (r->bulk)
-        g->bulk -= r->len - r->got;
-    else
-        g->demand_n--;
+    g->bulk -= r->bulk ? r->len - r->got : 0;
+    g->bulk_n -= r->bulk;
+    g->demand_n -= !r->bulk;
     struct mount *m = r->mount;
     if (m)
         unask(m, r);
@@ -395,7 +393,7 @@ void fetch_pump(struct pager *g)
     unsigned idle = 0, all = 0;
     for (struct mount *i = g->mounts; i; i = i->next)
         all++;
-    while (idle < all && g->bulk < g->ahead) {
+    while (idle < all && g->bulk < g->ahead && g->bulk_n < BULK_READS) {
         uint64_t from, to;
         if (m->state == MOUNT_PINNED && (m->viewers || m->eager) && evict_next(m, &from, &to)) {
             evict_room(m, to - from);

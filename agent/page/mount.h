@@ -60,6 +60,7 @@
 #define BULK_AHEAD_MAX (64u << 20) /* 1.6 GB/s over 40 ms; within the windows of the streams */
 #define BULK_SLACK_MS 3u
 #define BULK_FAR_MS 4u /* there and back: a socket's buffers are too small for such a path */
+#define BULK_READS 96u          /* and this: those of a recorded order are small */
 #define DEMAND_READS 128u       /* under way: a server has SESSION_REQUESTS for a connection */
 #define HEAD_BYTES (256u << 10) /* comes with the pin; as much of the end is asked for next */
 #define MOUNT_SIZE_MAX (16ULL << 40)
@@ -199,7 +200,7 @@ struct pager {
     struct link *link;
     struct mount *mounts, *turn; /* turn: whose background was asked last */
     struct read *reads;
-    unsigned demand_n;
+    unsigned demand_n, bulk_n;
     struct opening *openings;
     uint32_t streams[1 + BULK_STREAMS]; /* the link's numbers; [0]: pins and demand */
     uint64_t under[1 + BULK_STREAMS];   /* bytes under way on each */
