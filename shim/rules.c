@@ -366,6 +366,8 @@ static int parse_rule(struct rule *rule, char *text, const struct rules_defaults
     }
     if (rule->mode == RULE_NONE)
         rule->not_built = NULL;
+    else if (rule->mode == RULE_MIRROR && rule->resident)
+        rule->not_built = "resident= under mirror";
     else if (rule->mode == RULE_PUSH || rule->mode == RULE_MIRROR)
         rule->not_built = strategy_not_built[rule->strategy];
     return rc;
