@@ -21,6 +21,7 @@
 #define LINGER_MS 3000u
 #define DRAIN_MS 10000u
 #define BLOCKS_MOST (256u << 20)
+#define LOCK_WAIT_NS 4000000000ULL /* less than a program waits for an agent that it started */
 
 static void accept_one(uv_poll_t *poll, int status, int events)
 {
@@ -61,7 +62,8 @@ static bool all_acknowledged(const struct local *l)
                 return false;
             for (const struct region *r = g->regions; r; r = r->next_group)
                 if (r->attach == ATTACH_ASKED || r->attach == ATTACH_HASHING ||
-                    (r->body && r->body->mount && body_held(r->body)) || (r->body && !r->body->killed && r->body->dirty.count && region_takes_part(r)))
+                    (r->body && r->body->mount && body_held(r->body)) ||
+                    (r->body && !r->body->killed && r->body->dirty.count && region_takes_part(r)))
                     return false;
         }
     return true;
@@ -231,6 +233,32 @@ static int make_directory(const char *socket_path, char error[512])
     return 0;
 }
 
+static bool served(const struct sockaddr_un *a)
+{
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    bool yes = fd >= 0 && (!connect(fd, (const struct sockaddr *)a, sizeof *a) || errno == EAGAIN);
+    close(fd);
+    return yes;
+}
+
+/* An agent that was killed hangs up on its programs before the kernel has let go of its lock: who follows it waits for
+ * that, and only gives way to one that answers. */
+static int lock_socket(struct local *l, const char *lock, const struct sockaddr_un *a)
+{
+    uint64_t until = uv_hrtime() + LOCK_WAIT_NS;
+    l->lock_fd = open(lock, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (l->lock_fd < 0)
+        return -errno;
+    while (flock(l->lock_fd, LOCK_EX | LOCK_NB) < 0) {
+        if (errno != EWOULDBLOCK)
+            return -errno;
+        if (served(a) || uv_hrtime() > until)
+            return -EADDRINUSE;
+        usleep(5000);
+    }
+    return 0;
+}
+
 static int listen_on(struct local *l, const char *path, char error[512])
 {
     struct sockaddr_un a = {.sun_family = AF_UNIX};
@@ -245,9 +273,8 @@ static int listen_on(struct local *l, const char *path, char error[512])
         return rc;
     snprintf(a.sun_path, sizeof a.sun_path, "%.107s", path);
     snprintf(lock, sizeof lock, "%s.lock", path);
-    l->lock_fd = open(lock, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-    if (l->lock_fd < 0 || flock(l->lock_fd, LOCK_EX | LOCK_NB) < 0) {
-        rc = errno == EWOULDBLOCK ? -EADDRINUSE : -errno;
+    rc = lock_socket(l, lock, &a);
+    if (rc) {
         snprintf(error, 512, "%s: %s", path, rc == -EADDRINUSE ? "another agent serves it" : strerror(-rc));
         return rc;
     }
@@ -263,8 +290,9 @@ static int listen_on(struct local *l, const char *path, char error[512])
     return rc;
 }
 
-/* A table of block hashes is a thirty-second of what it describes, and more than fits into memory is not changed between
- * two sync points often. Beyond 256 MiB, which stand for 8 GiB of changed pages, whole pages are the better bargain. */
+/* A table of block hashes is a thirty-second of what it describes, and more than fits into memory is not changed
+ * between two sync points often. Beyond 256 MiB, which stand for 8 GiB of changed pages, whole pages are the better
+ * bargain. */
 static void limit_blocks(void)
 {
     long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);

@@ -76,6 +76,14 @@ wait "$pid" 2>/dev/null || true
 start --listen 127.0.0.1:0 --store "file:$STORE" --socket "$T/control"
 poll 5 grep -qx "listening control $T/control" "$T/out" || fail "no control socket"
 [ "$(cat "$XDG_STATE_HOME/memsync/identity")" = "$identity" ] || fail "another identity after a restart"
+says 3 "$T/control" 'another agent' -- --listen 127.0.0.1:0 --store mem: --socket "$T/control"
+ends INT
+
+# A killed one that still has its lock: waited for, but not for ever.
+flock "$T/control.lock" sleep 1 &
+poll 5 eval '! flock -n "$T/control.lock" true' || fail "nobody holds the lock"
+start --listen 127.0.0.1:0 --store mem: --socket "$T/control"
+poll 10 grep -qx "listening control $T/control" "$T/out" || fail "no control socket after the lock was free"
 ends INT
 
 start --listen 0.0.0.0:0 --insecure --store mem:
