@@ -77,12 +77,16 @@ shared) # two programs, of which one is not bounded: it has its own pages; two t
 killed)
     pull -- "$paged" random "$far/big" "$ops" 3 "$seed" &
     reader=$!
+    kills=0
     for _ in 1 2 3; do
-        poll 10 eval '[ -n "$(local_agents)" ]' || fail "no agent"
+        poll 10 eval '[ -n "$(local_agents)" ] || ! alive $reader' || fail "no agent"
         sleep 0.3
-        alive $reader && kill -9 "$(local_agents)"
+        alive $reader || break
+        kill -9 "$(local_agents)"
+        kills=$((kills + 1))
     done
     wait $reader || fail "exit $?"
+    [ $kills -gt 0 ] || fail "the reader was done before anything was killed"
     ;;
 cut)
     start_relay
