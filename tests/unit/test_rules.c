@@ -138,7 +138,7 @@ static void test_refused(void **state)
     refused("/a=pull,resident=0", "'0'", "512M");
     refused("/a=pull,resident=16777216T", "'16777216T'", "512M");
     refused("/a=pull,resident=4GB", "'4GB'", "512M");
-    refused("/a,resident=512M", "resident=", "pull and mirror");
+    refused("/a,resident=512M", "resident=", "for pull");
     refused("/a,follow", "follow", "pull");
     refused("/a=mirror,follow", "follow", "pull");
     refused("/a,order=none", "order=", "pull and mirror");
