@@ -236,6 +236,11 @@ int mount_window(struct mount *m); /* as long as the pages need */
 
 /* fetch.c */
 struct pager *pager_of(struct link *k);
+void fetch_read_end(struct pager *g, struct read *r); /* what of it did not come is missing again */
+void fetch_wanted(struct mount *m);                   /* asks for what waits, as far as it may */
+void fetch_step(struct mount *m);                     /* its calls that wait */
+void fetch_ahead_begin(struct pager *g, uint64_t trip);
+void fetch_ahead_adjust(struct pager *g, const struct read *r);
 void fetch_pump(struct pager *g);
 void fetch_want(struct mount *m, uint64_t from, uint64_t to, uint64_t since); /* demand */
 bool fetch_demanded(const struct mount *m, uint64_t page);                    /* already */
