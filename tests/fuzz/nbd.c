@@ -5,6 +5,7 @@
 #include "tests/fuzz/fuzz.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -230,6 +231,7 @@ static void live(struct in in)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
+    signal(SIGPIPE, SIG_IGN); /* as the agent does */
     struct in in = {data, data + size};
     (in_u8(&in) & 1 ? live : codec)(in);
     return 0;
