@@ -154,7 +154,8 @@ static void stop_step(struct local *l, uint64_t now)
                 program_send_text(
                     p, CONTROL_RESULT, l->behind ? -EAGAIN : 0,
                     "it leaves with changes that a remote has not acknowledged; they stay in the files, and are "
-                    "compared and sent when a program opens those again");
+                    "compared and sent when a program opens those again; those of mirrors stay only as long as a "
+                    "program has them open");
             program_gone(p);
         }
     }
