@@ -4,6 +4,7 @@
 # make check      every test that fits in a few minutes; sets up what it needs
 # make fuzz SECONDS=60    parsers and sessions against what nobody would send
 # make check-long | check-sanitize | bench
+# make check-vm     the tests that need other kernels, in emulated guests with Debian's 6.1 and 6.12 (VM=6.1: in one of them)
 # make bench-hashes   hash algorithms and PAGEMAP_SCAN: a table and plots in build/bench/results
 # make install PREFIX=/usr/local DESTDIR=
 PREFIX ?= /usr/local
@@ -122,6 +123,13 @@ check-long:
 	@tests/deps.sh build check
 	@$(MAKE) --no-print-directory tests
 	@BUILD=$(BUILD) tests/run.sh long
+
+# Guests: kernels come by apt into the user's cache, nothing is installed on this machine but the emulator (tests/vm/lib).
+VM ?=
+check-vm:
+	@tests/deps.sh build check vm
+	@$(MAKE) --no-print-directory tests
+	@BUILD=$(BUILD) VM='$(VM)' tests/run.sh vm
 
 # The agent and the unit tests under AddressSanitizer and UndefinedBehaviorSanitizer; the programs and the shim in them stay as they are.
 check-sanitize:

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that a target needs, and only those that are missing:  tests/deps.sh [build|demo|check|bench]...   (all but bench when none is named)
+# Installs the Debian packages that a target needs, and only those that are missing:  tests/deps.sh [build|demo|check|bench|vm]...   (build, demo and check when none is named)
 set -euo pipefail
 
 build="gcc libc6-dev make pkg-config libuv1-dev libxxhash-dev liblz4-dev libffi-dev libjansson-dev"
 demo="python3-lmdb lmdb-utils"
 check="libcmocka-dev clang libclang-rt-14-dev lz4 python3-lmdb python3-numpy lmdb-utils sqlite3 fio ripgrep git libpython3.11-testsuite strace rsync procps util-linux iproute2 qemu-utils libnbd-bin python3-libnbd nbdkit xxd file"
 bench="libssl-dev gnuplot-nox nbdkit libnbd-bin fuse3"
+vm="qemu-system-x86 busybox-static cpio kmod xz-utils e2fsprogs nbd-client"
 
 wanted=()
 for what in "${@:-build}" $([ $# -gt 0 ] || echo demo check); do
@@ -14,8 +15,9 @@ for what in "${@:-build}" $([ $# -gt 0 ] || echo demo check); do
     demo) read -ra more <<<"$demo" ;;
     check) read -ra more <<<"$check" ;;
     bench) read -ra more <<<"$bench" ;;
+    vm) read -ra more <<<"$vm" ;;
     *)
-        echo "deps.sh: there is nothing called $what; build, demo, check and bench there are" >&2
+        echo "deps.sh: there is nothing called $what; build, demo, check, bench and vm there are" >&2
         exit 2
         ;;
     esac

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests: every unit test binary, every script, every case of a script that lists cases ("SCRIPT list").
 #
-#   tests/run.sh [unit|programs|faults|interop|fuzz|long|PATH[:CASE]]...    (unit programs faults interop fuzz when none is named)
+#   tests/run.sh [unit|programs|faults|interop|fuzz|vm|long|PATH[:CASE]]...    (unit programs faults interop fuzz when none is named)
 #
 # BUILD=DIR: what to test. JOBS=N: how many at once (2). TIMEOUT=S for each (120). One line a test, the output of those that failed, and the totals.
 set -uo pipefail
@@ -60,7 +60,7 @@ for what in "${@:-unit}" $([ $# = 0 ] && echo programs faults interop fuzz); do
         if [ -x "$what" ]; then
             add "$what" "$TIMEOUT" "$what"
         else
-            echo "run.sh: no such test: $what (unit, programs, faults, fuzz, long, or a path)" >&2
+            echo "run.sh: no such test: $what (unit, programs, faults, interop, fuzz, vm, long, or a path)" >&2
             exit 2
         fi
         ;;
