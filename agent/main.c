@@ -170,6 +170,8 @@ static int start_local(const struct options *o)
     char error[512] = "";
     if (local_start(&agent.local, &agent.loop, o->socket, o->linger, o->state, error) < 0)
         return fail(error);
+    if (agent.store)
+        local_store(agent.local, agent.store);
     say_listening("control", o->socket);
     return 0;
 }

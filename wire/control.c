@@ -300,6 +300,24 @@ int control_watch_get(const void *p, size_t len, struct control_watch *m)
     return get_end(&r);
 }
 
+size_t control_attach_put(void *to, size_t cap, const struct control_attach *m)
+{
+    struct wr w = begin(to, cap, CONTROL_ATTACH);
+    wr_u8(&w, m->read_only);
+    wr_str(&w, m->device);
+    wr_str(&w, m->name);
+    return put_end(&w);
+}
+
+int control_attach_get(const void *p, size_t len, struct control_attach *m)
+{
+    struct rd r = body(p, len);
+    m->read_only = rd_u8(&r);
+    rd_str(&r, m->device, sizeof m->device);
+    rd_str(&r, m->name, sizeof m->name);
+    return m->read_only > 1 ? -EPROTO : get_end(&r);
+}
+
 size_t control_welcome_put(void *to, size_t cap, const struct control_welcome *m)
 {
     struct wr w = begin(to, cap, CONTROL_WELCOME);

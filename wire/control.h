@@ -11,7 +11,7 @@
 #include "wire/bytes.h"
 #include "wire/name.h"
 
-#define CONTROL_VERSION 3u
+#define CONTROL_VERSION 4u
 #define CONTROL_MAX 20480u /* bytes in a message */
 #define CONTROL_PATH 4096u
 #define CONTROL_FDS 3u
@@ -51,6 +51,8 @@ enum control_type {
     CONTROL_VIEW,      /* fds: the memfd and its struct view, none when OPEN only looked */
     /* shim -> agent, about views that are written */
     CONTROL_TRUNCATE,
+    /* tool -> agent */
+    CONTROL_ATTACH,    /* answered by RESULT: 0 and the device's path */
     CONTROL_TYPES
 };
 
@@ -150,6 +152,13 @@ struct control_publish {
 struct control_watch {
     struct control_terms terms;
     char path[CONTROL_PATH], name[NAME_CAP], remote[1024];
+};
+
+/* A region of the agent's own store as a block device of this machine. */
+struct control_attach {
+    uint8_t read_only;
+    char device[32]; /* "/dev/nbdN" or "auto" */
+    char name[NAME_CAP];
 };
 
 struct control_welcome {
@@ -261,6 +270,8 @@ size_t control_publish_put(void *to, size_t cap, const struct control_publish *m
 int control_publish_get(const void *p, size_t len, struct control_publish *m);
 size_t control_watch_put(void *to, size_t cap, const struct control_watch *m);
 int control_watch_get(const void *p, size_t len, struct control_watch *m);
+size_t control_attach_put(void *to, size_t cap, const struct control_attach *m);
+int control_attach_get(const void *p, size_t len, struct control_attach *m);
 size_t control_welcome_put(void *to, size_t cap, const struct control_welcome *m);
 int control_welcome_get(const void *p, size_t len, struct control_welcome *m);
 size_t control_open_put(void *to, size_t cap, const struct control_open *m);

@@ -18,6 +18,7 @@ enum {
     OPTION_FILE = 1 << 3,
     OPTION_NAME = 1 << 4,
     OPTION_RUN = 1 << 5, /* --region --strategy --ack --explain; the program's own arguments begin at the first word */
+    OPTION_READ_ONLY = 1 << 7,
     OPTION_NEEDED = 1 << 6, /* the remote: by option or by variable */
 };
 
@@ -25,7 +26,7 @@ enum {
 
 struct args {
     const char *remote; /* --remote, else MEMSYNC_REMOTE, else NULL */
-    bool json, force, explain;
+    bool json, force, explain, read_only;
     const char *file, *name, *strategy, *ack;
     const char *region[ARGS_REGIONS];
     unsigned regions;
@@ -81,5 +82,7 @@ int command_recover(const struct args *a);
 int command_sync(const struct args *a);
 int command_watch(const struct args *a);
 int command_stop(const struct args *a);
+int command_attach(const struct args *a);
+int command_detach(const struct args *a);
 
 #endif

@@ -60,9 +60,17 @@ static const struct command commands[] = {
      OPTION_REMOTE | OPTION_NEEDED | OPTION_NAME, 1, 1, command_watch},
     {"stop", "", "stop the local agent once everything is at the remote",
      "Programs run on; what they store later is not replicated until an agent runs again.\n", 0, 0, 0, command_stop},
+    {"attach", "REGION DEVICE", "make a region of the local agent's store a block device, /dev/nbdN",
+     "DEVICE is /dev/nbdN, or auto: a free one, whose path is printed. Needs root, the kernel's nbd module, and an "
+     "agent\n"
+     "that was started with both --store and --socket. --read-only: nothing can be written to it.\n",
+     OPTION_READ_ONLY, 2, 2, command_attach},
+    {"detach", "DEVICE", "write back such a device, and let it go",
+     "Also one that a killed agent has left. Refused while it is mounted, except with --force.\n", OPTION_FORCE, 1, 1,
+     command_detach},
 };
 
-static const char *const not_built[] = {"top", "promote", "migrate", "attach", "detach", "keygen", "certs"};
+static const char *const not_built[] = {"top", "promote", "migrate", "keygen", "certs"};
 
 static void overview(FILE *to)
 {
@@ -84,6 +92,8 @@ static void usage(FILE *to, const struct command *c)
         fprintf(to, " [--region RULE]... [--strategy S] [--ack A] [--explain]");
     if (o & OPTION_FORCE)
         fprintf(to, " [--force]");
+    if (o & OPTION_READ_ONLY)
+        fprintf(to, " [--read-only]");
     if (o & OPTION_FILE)
         fprintf(to, " [--file PATH]");
     if (o & OPTION_NAME)
@@ -113,6 +123,7 @@ enum {
     LONG_STRATEGY,
     LONG_ACK,
     LONG_EXPLAIN,
+    LONG_READ_ONLY,
     LONG_HELP
 };
 
@@ -120,9 +131,10 @@ static const struct {
     int value;
     unsigned allowed_by;
 } allowed[] = {
-    {LONG_REMOTE, OPTION_REMOTE}, {LONG_JSON, OPTION_JSON}, {LONG_FORCE, OPTION_FORCE},
-    {LONG_FILE, OPTION_FILE},     {LONG_NAME, OPTION_NAME}, {LONG_REGION, OPTION_RUN},
-    {LONG_STRATEGY, OPTION_RUN},  {LONG_ACK, OPTION_RUN},   {LONG_EXPLAIN, OPTION_RUN},
+    {LONG_REMOTE, OPTION_REMOTE},       {LONG_JSON, OPTION_JSON}, {LONG_FORCE, OPTION_FORCE},
+    {LONG_FILE, OPTION_FILE},           {LONG_NAME, OPTION_NAME}, {LONG_REGION, OPTION_RUN},
+    {LONG_STRATEGY, OPTION_RUN},        {LONG_ACK, OPTION_RUN},   {LONG_EXPLAIN, OPTION_RUN},
+    {LONG_READ_ONLY, OPTION_READ_ONLY},
 };
 
 static bool option_allowed(const struct command *c, int value)
@@ -162,6 +174,9 @@ static void take_option(struct args *a, int value)
     case LONG_ACK:
         a->ack = optarg;
         break;
+    case LONG_READ_ONLY:
+        a->read_only = true;
+        break;
     case LONG_EXPLAIN:
         a->explain = true;
         break;
@@ -181,6 +196,7 @@ static int parse(const struct command *c, int argc, char **argv, struct args *a)
         {"strategy", required_argument, NULL, LONG_STRATEGY},
         {"ack", required_argument, NULL, LONG_ACK},
         {"explain", no_argument, NULL, LONG_EXPLAIN},
+        {"read-only", no_argument, NULL, LONG_READ_ONLY},
         {"help", no_argument, NULL, LONG_HELP},
         {NULL, 0, NULL, 0},
     };

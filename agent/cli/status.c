@@ -94,6 +94,19 @@ static void print_views(json_t *views)
     json_array_foreach(views, i, each) print_reason(each);
 }
 
+static void print_devices(json_t *devices)
+{
+    size_t i;
+    json_t *each;
+    char size[32];
+    if (!json_array_size(devices))
+        return;
+    printf("\n%-12s %10s  %-9s %s\n", "DEVICE", "SIZE", "", "REGION");
+    json_array_foreach(devices, i, each)
+        printf("%-12s %10s  %-9s %s\n", text_of(each, "device"), cli_bytes((uint64_t)number_of(each, "size"), size),
+               json_is_true(json_object_get(each, "read_only")) ? "read-only" : "", text_of(each, "region"));
+}
+
 static void print_status(json_t *status)
 {
     size_t i;
@@ -109,6 +122,7 @@ static void print_status(json_t *status)
                cli_bytes((uint64_t)number_of(each, "bytes_in"), in));
     }
     print_views(json_object_get(status, "views"));
+    print_devices(json_object_get(status, "devices"));
     if (!json_array_size(regions))
         return;
     printf("\n%-32s %-9s %7s  %-24s %-19s %-7s %s\n", "REGION", "STATE", "EPOCH", "BEHIND", "MEMORY", "TRACKER",

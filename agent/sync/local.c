@@ -2,6 +2,7 @@
 #include "agent/sync/local.h"
 #include "agent/sync/model.h"
 #include "agent/base/identity.h"
+#include "agent/nbd/device.h"
 #include "agent/net/server.h"
 #include "agent/page/page.h"
 #include "agent/store/store.h"
@@ -146,7 +147,7 @@ static void stop_step(struct local *l, uint64_t now)
         l->phase = 1;
         l->behind = !all_acknowledged(l);
     }
-    if (l->phase == 1 && links_closed(l)) {
+    if (l->phase == 1 && links_closed(l) && !l->devices) {
         l->phase = 2;
         for (struct program *p = l->programs, *next; p; p = next) {
             next = p->next;
@@ -208,7 +209,9 @@ static void tick(uv_timer_t *t)
         stop_step(l, now);
         return;
     }
-    if (l->linger && !l->stopping && !l->programs && all_acknowledged(l) && now - l->idle_since > LINGER_MS) {
+    devices_tick(l->devices, now);
+    if (l->linger && !l->stopping && !l->programs && !devices_any(l->devices) && all_acknowledged(l) &&
+        now - l->idle_since > LINGER_MS) {
         l->linger = false;
         agent_leave();
     }
@@ -301,6 +304,13 @@ static void limit_blocks(void)
     hashes_blocks_most = share < BLOCKS_MOST ? share : BLOCKS_MOST;
 }
 
+static struct devices *devices_make(struct local *l)
+{
+    char path[4200];
+    snprintf(path, sizeof path, "%s.nbd", l->socket_path);
+    return devices_new(l->loop, path, &l->identity, l->host);
+}
+
 int local_start(struct local **out, uv_loop_t *loop, const char *socket_path, bool linger, const char *state_dir,
                 char error[512])
 {
@@ -320,6 +330,8 @@ int local_start(struct local **out, uv_loop_t *loop, const char *socket_path, bo
         rc = identity_load(state_dir, &l->identity, error);
     if (!rc)
         rc = records_open(&l->records, state_dir, error);
+    if (!rc && !(l->devices = devices_make(l)))
+        rc = -ENOMEM;
     if (rc) {
         if (l->listen_fd >= 0) {
             unlink(socket_path);
@@ -346,6 +358,17 @@ int local_start(struct local **out, uv_loop_t *loop, const char *socket_path, bo
     return 0;
 }
 
+static void devices_stopped(void *arg)
+{
+    struct local *l = arg;
+    l->devices = NULL;
+}
+
+void local_store(struct local *l, struct store *store)
+{
+    devices_store(l->devices, store);
+}
+
 void local_stop(struct local *l, void (*done)(void *arg), void *arg)
 {
     l->stopped = done;
@@ -357,6 +380,7 @@ void local_stop(struct local *l, void (*done)(void *arg), void *arg)
     close(l->listen_fd);
     close(l->lock_fd);
     l->stop_by = uv_now(l->loop) + DRAIN_MS;
+    devices_stop(l->devices, devices_stopped, l);
     for (struct link *k = l->links; k; k = k->next)
         for (struct group *g = k->groups, *next; g; g = next) {
             next = g->next;

@@ -6,11 +6,14 @@
 #include <uv.h>
 
 struct local;
+struct store;
 
 /* Listens on socket_path (its directory is made 0700 when missing; one agent a socket: -EADDRINUSE). linger: call
  * agent_leave once no program is connected and all is acknowledged. 0, or a negative errno and a line in error. */
 int local_start(struct local **out, uv_loop_t *loop, const char *socket_path, bool linger, const char *state_dir,
                 char error[512]);
+/* What the devices of this machine are made of: the agent's own store. It outlives the local role. */
+void local_store(struct local *l, struct store *store);
 /* Publishes what can be published within the programs' time-outs, then closes everything; done, then it is freed. */
 void local_stop(struct local *l, void (*done)(void *arg), void *arg);
 

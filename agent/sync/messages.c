@@ -2,6 +2,7 @@
 #include "agent/sync/local.h"
 #include "agent/sync/capture.h"
 #include "agent/base/log.h"
+#include "agent/nbd/device.h"
 #include "agent/page/page.h"
 
 #include <errno.h>
@@ -368,7 +369,8 @@ static int on_sync(struct program *p, struct message *msg)
     struct answer *a = answer_new(p, m.slot);
     if (!a)
         return -ENOMEM;
-    if (g && u->body->mount && mirror_attached(u->body->region) && !(u->body->joined && u->body->region->attach == ATTACH_DONE && !page_writable(u->body)))
+    if (g && u->body->mount && mirror_attached(u->body->region) &&
+        !(u->body->joined && u->body->region->attach == ATTACH_DONE && !page_writable(u->body)))
         waiter_attach(g, a, p, u->body->region);
     else if (!u && m.region == p->refused)
         answer_drop(a, p->refusal);
@@ -514,6 +516,32 @@ static int on_watch(struct program *p, struct message *msg)
     return 0;
 }
 
+static void attached(void *arg, int err, const char *text)
+{
+    struct program *p = arg;
+    if (!p->gone)
+        program_send_text(p, CONTROL_RESULT, err, text);
+    program_drop(p);
+}
+
+static int on_attach(struct program *p, struct message *msg)
+{
+    static struct control_attach m;
+    if (control_attach_get(msg->data, msg->len, &m))
+        return -EPROTO;
+    program_hold(p);
+    int rc =
+        p->local->devices ? devices_attach(p->local->devices, m.name, m.device, m.read_only, attached, p) : -ESHUTDOWN;
+    if (rc)
+        attached(
+            p, rc,
+            rc == -ENOTSUP
+                ? "this agent has no store of its own: attach asks the one that was started with --store and --socket"
+            : rc == -EINVAL ? "no such device can be: /dev/nbdN, or auto"
+                            : strerror(-rc));
+    return 0;
+}
+
 static int dispatch(struct program *p, struct message *m)
 {
     uint8_t type = control_type_of(m->data, m->len);
@@ -529,6 +557,8 @@ static int dispatch(struct program *p, struct message *m)
             return on_publish(p, m);
         case CONTROL_WATCH:
             return on_watch(p, m);
+        case CONTROL_ATTACH:
+            return on_attach(p, m);
         case CONTROL_STOP:
             agent_leave();
             return 0; /* answered when all is drained: the connection ends */

@@ -55,6 +55,7 @@ struct local {
     struct records records;
     struct program *programs;
     struct link *links;
+    struct devices *devices;
     void (*stopped)(void *);
     void *stopped_arg;
 };

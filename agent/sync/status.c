@@ -1,6 +1,7 @@
 /* What `memsync status` shows, as one JSON object. */
 #include "agent/sync/capture.h"
 #include "agent/base/version.h"
+#include "agent/nbd/device.h"
 #include "agent/page/page.h"
 
 #include <stdio.h>
@@ -112,6 +113,9 @@ char *status_json(struct local *l)
     comma = false;
     for (struct link *k = l->links; k; k = k->next)
         page_status(f, k, &comma, text);
+    fputs("],\"devices\":[", f);
+    if (l->devices)
+        devices_status(l->devices, f, text);
     fputs("],\"programs\":[", f);
     comma = false;
     for (const struct program *p = l->programs; p; p = p->next)

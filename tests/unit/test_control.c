@@ -91,6 +91,11 @@ static void watch_fill(void *m)
     terms_fill(&w->terms);
 }
 
+static void attach_fill(void *m)
+{
+    *(struct control_attach *)m = (struct control_attach){.read_only = 1, .device = "/dev/nbd12", .name = "vm/disk"};
+}
+
 static void welcome_fill(void *m)
 {
     *(struct control_welcome *)m = (struct control_welcome){.version = CONTROL_VERSION, .pid = 4711};
@@ -174,6 +179,7 @@ CODEC_PLAIN(control, sync)
 CODEC_PLAIN(control, bye)
 CODEC_PLAIN(control, publish)
 CODEC_PLAIN(control, watch)
+CODEC_PLAIN(control, attach)
 CODEC_PLAIN(control, welcome)
 CODEC_PLAIN(control, open)
 CODEC_PLAIN(control, resume)
@@ -210,6 +216,7 @@ static const struct {
     {CODEC(control, advise), CONTROL_ADVISE}, {CODEC(control, view_unmap), CONTROL_VIEW_UNMAP},
     {CODEC(control, fetch), CONTROL_FETCH},   {CODEC(control, close), CONTROL_CLOSE},
     {CODEC(control, view), CONTROL_VIEW},     {CODEC(control, truncate), CONTROL_TRUNCATE},
+    {CODEC(control, attach), CONTROL_ATTACH},
 };
 #define CODECS (sizeof codecs / sizeof *codecs)
 
