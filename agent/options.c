@@ -87,8 +87,6 @@ static int listeners_check(const struct options *o)
     int rc = OPTIONS_GO;
     if ((o->listen_n || o->nbd_n) && !o->store)
         return fault(2, "%s needs --store: where are replicas to be kept?", o->listen_n ? "--listen" : "--nbd");
-    if (o->nbd_n && hub_is(o->store))
-        return fault(3, "--nbd over a hub is not built: give it to the agents that keep the replicas");
     for (unsigned i = 0; i < o->listen_n && rc == OPTIONS_GO; i++)
         rc = listen_check(o, "--listen", o->listen[i]);
     for (unsigned i = 0; i < o->nbd_n && rc == OPTIONS_GO; i++)

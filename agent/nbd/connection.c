@@ -91,7 +91,7 @@ void conn_fail(struct nbd_conn *c, const char *why)
 
 static void conn_look(struct nbd_conn *c)
 {
-    if (c->leaving && !c->requests && !c->owed && TAILQ_EMPTY(&c->outs) &&
+    if (c->leaving && !c->requests && !c->asking && !c->owed && TAILQ_EMPTY(&c->outs) &&
         !uv_stream_get_write_queue_size(&c->h->stream))
         conn_close(c);
 }
@@ -195,7 +195,7 @@ bool conn_out_bytes(struct nbd_conn *c, const void *head, size_t len, const void
 static bool must_wait(struct nbd_conn *c)
 {
     struct nbd *n = c->nbd;
-    if (c->closing || c->leaving || c->blocked || c->requests >= NBD_IN_FLIGHT || c->owed > NBD_BUDGET)
+    if (c->closing || c->leaving || c->blocked || c->asking || c->requests >= NBD_IN_FLIGHT || c->owed > NBD_BUDGET)
         return true;
     if (n->owed <= NBD_BUDGET_ALL || !c->owed)
         return false;
@@ -265,7 +265,7 @@ void conn_pump(struct nbd_conn *c)
         return;
     c->in_len -= at;
     memmove(c->in, c->in + at, c->in_len);
-    bool want = !c->leaving && !c->blocked && !must_wait(c) && c->in_len < NBD_INPUT;
+    bool want = !c->leaving && !must_wait(c) && c->in_len < NBD_INPUT;
     if (want && !c->reading)
         uv_read_start(&c->h->stream, on_alloc, on_read);
     else if (!want && c->reading)
@@ -275,7 +275,7 @@ void conn_pump(struct nbd_conn *c)
 
 void conn_tick(struct nbd_conn *c, uint64_t now)
 {
-    if (c->proto.phase != NBD_REQUESTS && now - c->since > NBD_HANDSHAKE_MS)
+    if (c->proto.phase != NBD_REQUESTS && !c->asking && now - c->since > NBD_HANDSHAKE_MS)
         conn_fail(c, "it did not choose an export in time");
     else if (c->nbd->starved && uv_stream_get_write_queue_size(&c->h->stream) && now - c->moved > NBD_STUCK_MS)
         conn_fail(c, "it reads no answers, and others wait for the memory");
@@ -298,12 +298,12 @@ static void party_find(struct nbd_conn *c)
     }
 }
 
-int conn_new(struct nbd *n, uv_stream_t *stream)
+struct nbd_conn *conn_new(struct nbd *n, uv_stream_t *stream, const char *who)
 {
     struct nbd_conn *c = calloc(1, sizeof *c);
     if (!c || !(c->in = malloc(NBD_INPUT))) {
         free(c);
-        return -ENOMEM;
+        return NULL;
     }
     c->nbd = n;
     c->h = (void *)stream;
@@ -311,13 +311,20 @@ int conn_new(struct nbd *n, uv_stream_t *stream)
     c->refs = 1;
     c->since = c->moved = uv_now(n->loop);
     TAILQ_INIT(&c->outs);
-    party_find(c);
+    if (who)
+        snprintf(c->party, sizeof c->party, "%s", who);
+    else
+        party_find(c);
     if (stream->type == UV_TCP)
         uv_tcp_nodelay(&c->h->tcp, 1);
     TAILQ_INSERT_TAIL(&n->conns, c, link);
     n->conns_n++;
+    return c;
+}
+
+void conn_greet(struct nbd_conn *c)
+{
     uint8_t greeting[NBD_GREETING];
     conn_out(c, greeting, nbd_greeting(greeting), NULL, 0);
     conn_pump(c);
-    return 0;
 }

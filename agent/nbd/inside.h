@@ -7,7 +7,10 @@
  *
  * Reading. An export keeps a pin of the newest durable epoch (struct view). Each request asks the store, from memory,
  * whether there is a newer one, and if so a new view takes the old one's place; requests under way keep theirs. A view
- * that nobody reads goes after a second, so that an idle client costs the writer nothing.
+ * that nobody reads goes after a second, so that an idle client costs the writer nothing. Of a store that has to ask
+ * others (a hub) a view is good for NBD_FOLLOW_MS, unless what is written here ends it; requests that come while a new
+ * one is asked for are parked, and a read that fails is tried once more with a new view, as the peer that the old one
+ * was of may have gone.
  *
  * Writing. The first write takes the region's lease; one client at a time has it, all its connections together (that is
  * what MULTI_CONN promises). A client is known by its address, behind a unix socket by its process. Writes are answered
@@ -15,11 +18,14 @@
  *
  *     open --full, FLUSH, FUA, 1 s old, last connection gone--> committing (NBD_LAYERS at most) --durable--> gone
  *                                                                   \__ failed: the export is broken
+ *                                                                        (of a cause that may go: until tried again)
  *
+ * A layer stays in the list, for reads, until a view is asked for that has it.
  * So every epoch is all that was written before some moment. The client's own reads are the view with layers laid over
  * it. If the process dies, layers that were not durable are lost, as a disk's cache is; FLUSH was not answered then.
- * A broken export answers every write and FLUSH with the error until its client has gone; what was lost was never
- * flushed. Its layers are kept until then, for the client's reads. */
+ * A broken export answers writes and FLUSH with the error. Its layers are kept, and when the cause is one that may go (a
+ * full disk, no replica) each write and FLUSH commits them again first: nothing is lost by it as long as the client
+ * stays. With other causes it is broken until its client has gone; what is lost then was never flushed. */
 #ifndef NBD_INSIDE_H
 #define NBD_INSIDE_H
 
@@ -42,6 +48,7 @@
 #define NBD_LAYER_EXTENTS 4096u
 #define NBD_LAYERS 4u /* on their way to the disk, an export */
 #define NBD_LAYER_MS 1000u
+#define NBD_FOLLOW_MS 100u
 #define NBD_HANDSHAKE_MS 30000u
 #define NBD_STUCK_MS 10000u /* without a byte taken, while others wait for memory */
 #define NBD_PARTY 96u
@@ -53,7 +60,8 @@ struct view {
     struct store_pin *pin;
     struct id lineage;
     uint64_t epoch, size;
-    uint64_t used; /* ms */
+    uint64_t seq;        /* layers up to it are in it */
+    uint64_t came, used; /* ms */
 };
 
 struct layer_extent {
@@ -69,6 +77,7 @@ struct layer {
     struct store_txn *txn; /* while open */
     bool wanted;           /* is to be closed as soon as it can be */
     uint64_t seq, since;   /* since: ms */
+    uint64_t epoch;
     uint64_t from, to;     /* within these bytes of the region */
     size_t bytes, extents_len, extents_cap, bufs_len, bufs_cap;
     struct layer_extent *extents;
@@ -85,22 +94,34 @@ struct waiter {
 };
 TAILQ_HEAD(waiters, waiter);
 
+/* One that waits for a view. */
+struct parked {
+    TAILQ_ENTRY(parked) link;
+    struct nbd_conn *conn;
+    struct nbd_request request;
+    bool again;
+};
+TAILQ_HEAD(parkeds, parked);
+
 struct export
 {
     TAILQ_ENTRY(export) link;
     struct nbd *nbd;
     unsigned conns, writers; /* connections that are on it, and those of them that have written */
     struct view *view;       /* NULL: none */
+    bool asking, leasing;    /* the store is asked for a view, a lease */
     bool leased, broken;
     int err;               /* when broken */
     char party[NBD_PARTY]; /* who writes */
     struct id lineage;     /* of what is written */
     uint64_t epoch, fence, size;
     struct layers layers; /* oldest first; the last may be open */
+    unsigned layers_n;
     struct layer *open;
     unsigned committing;
     uint64_t seq, durable; /* last given, and last on disk */
     struct waiters waiters;
+    struct parkeds parked;
     char name[];
 };
 TAILQ_HEAD(exports, export);
@@ -140,6 +161,11 @@ struct nbd_conn {
     uint32_t drain;         /* payload of a refused write still to come */
 
     bool reading, blocked, leaving, closing, closed, flushing;
+    bool asking;   /* an option of it waits for the store's answer */
+    bool tried;    /* the write under way has had a broken export tried again */
+    int lease_err; /* the answer to its asking for the lease, once */
+    nbd_served *served; /* of nbd_serve; and its arg */
+    void *served_arg;
     unsigned refs; /* requests, writes of ours and waiters that still speak of it; the handle's */
     unsigned requests;
     uint64_t owed;
@@ -158,6 +184,7 @@ struct nbd {
     unsigned conns_n;
     uint64_t owed;
     bool starved, stopping, ended;
+    bool slow; /* the store has to ask others */
     uv_prepare_t flush;
     uv_timer_t timer;
     void (*done)(void *arg);
@@ -168,7 +195,8 @@ struct nbd {
 void nbd_look(struct nbd *n); /* whether a stopping one is at its end */
 
 /* connection.c */
-int conn_new(struct nbd *n, uv_stream_t *stream);
+struct nbd_conn *conn_new(struct nbd *n, uv_stream_t *stream, const char *who); /* who: NULL: as the socket says */
+void conn_greet(struct nbd_conn *c);
 void conn_fail(struct nbd_conn *c, const char *why); /* closes it, saying so in the log */
 void conn_leave(struct nbd_conn *c);                 /* closes it when all is answered */
 void conn_pump(struct nbd_conn *c);
@@ -185,6 +213,7 @@ void conn_paid(struct nbd_conn *c, uint64_t bytes);
 
 /* handshake.c */
 void handshake_option(struct nbd_conn *c);
+void handshake_serve(struct nbd_conn *c, const char *name); /* this export, without a handshake */
 void handshake_refuse(struct nbd_conn *c, uint32_t option, enum nbd_reply reply, const char *text);
 
 /* request.c */
@@ -196,11 +225,13 @@ void request_answer(struct nbd_conn *c, const struct nbd_request *r, int err);
 /* read.c */
 void read_begin(struct nbd_conn *c, const struct nbd_request *r);
 void status_begin(struct nbd_conn *c, const struct nbd_request *r);
+void parked_resume(struct export *x, int err);
 
 /* export.c */
 struct export *export_get(struct nbd *n, const char *name); /* one connection more; NULL without memory */
 void export_leave(struct nbd_conn *c);                      /* the connection is on its export no more */
-struct view *export_view(struct export *x, const struct id *lineage, int *err); /* held; NULL and err */
+/* 0: *v is held. -EINPROGRESS: the request is to be parked until the store has answered. Else an error. */
+int export_view(struct export *x, const struct id *lineage, struct view **v);
 void view_drop(struct nbd *n, struct view *v);
 void view_forget(struct export *x); /* the next read takes a new one */
 void export_tick(struct export *x, uint64_t now);
@@ -212,13 +243,14 @@ void export_unblock(struct export *x);
 
 /* layer.c */
 /* A piece of a write: DATA of at most FRAME_DATA_MAX bytes, or zeros (data NULL). 0, -EAGAIN as above, or an error. */
-int layer_put(struct export *x, uint64_t offset, uint32_t len, const uint8_t *data);
+int layer_put(struct nbd_conn *c, uint64_t offset, uint32_t len, const uint8_t *data);
 void layer_want(struct export *x); /* closes the open one as soon as it can */
 bool layer_wait(struct nbd_conn *c,
                 const struct nbd_request *r); /* false: all is durable. Else the answer comes then */
-size_t layers_hold(struct export *x, struct layer **to);
+size_t layers_hold(struct export *x, uint64_t seq, struct layer **to); /* those after seq */
 void layer_drop(struct layer *l);
 void layer_over(const struct layer *l, uint8_t *to, uint64_t offset, uint32_t len);
-void layers_forget(struct export *x); /* of a broken one */
+void layers_done(struct export *x);   /* drops those that are durable */
+void layers_forget(struct export *x); /* all, of a broken one */
 
 #endif

@@ -5,6 +5,7 @@
 #include "agent/base/log.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 #define HANDLE 1u
@@ -32,6 +33,12 @@ void layer_drop(struct layer *l)
     free(l);
 }
 
+/* Whether what failed may be asked for again: it was not done, and its cause may go. */
+static bool may_go(int err)
+{
+    return err == -ENOSPC || err == -EDQUOT || err == -ENOTCONN || err == -ENOMEM;
+}
+
 static void waiters_tell(struct export *x)
 {
     struct waiters all = TAILQ_HEAD_INITIALIZER(all);
@@ -42,9 +49,11 @@ static void waiters_tell(struct export *x)
         TAILQ_REMOVE(&x->waiters, w, link);
         TAILQ_INSERT_TAIL(&all, w, link);
     }
-    int err = x->broken ? x->err : 0; /* the export may go in what follows */
+    int broken = x->broken ? x->err : 0;
+    uint64_t durable = x->durable;
     for (struct waiter *w; (w = TAILQ_FIRST(&all));) {
         struct nbd_conn *c = w->conn;
+        int err = w->seq > durable ? broken : 0;
         TAILQ_REMOVE(&all, w, link);
         c->requests--;
         if (!err && !c->closing && c->export && w->request.command == NBD_CMD_BLOCK_STATUS)
@@ -61,7 +70,8 @@ static void export_break(struct export *x, int err, const char *text)
 {
     if (x->broken)
         return;
-    log_warn("region %s: what NBD client %s wrote is not on disk: %s", x->name, x->party, text);
+    log_warn("region %s: what NBD client %s wrote is not on disk%s: %s", x->name, x->party,
+             may_go(err) ? " yet, and is tried again when the client writes or flushes" : "", text);
     x->broken = true;
     x->err = err;
     if (x->open) {
@@ -82,9 +92,10 @@ static void on_durable(void *arg, int err, const char *text)
         export_break(x, err, text && *text ? text : strerror(-err));
     } else {
         x->durable = l->seq;
-        TAILQ_REMOVE(&x->layers, l, link);
-        layer_drop(l);
-        view_forget(x); /* before the epoch is applied, which would keep what the view has */
+        if (!x->asking) { /* what is being asked for may be without it */
+            layers_done(x);
+            view_forget(x); /* before the epoch is applied, which would keep what the view has */
+        }
     }
     commit_waiting(x);
     x->conns++; /* stays while others are told */
@@ -114,36 +125,86 @@ void layer_want(struct export *x)
     commit_waiting(x);
 }
 
-static int layer_open(struct export *x)
+/* The layer's transaction, with all that is in the layer by now. */
+static int layer_begin(struct layer *l, char error[STORE_ERROR])
 {
-    struct layer *l = calloc(1, sizeof *l);
-    struct buf *b = buf_new(64);
+    struct export *x = l->export;
     struct store_names names = {.name_of = name_of, .arg = x};
-    struct store_txn *t = l && b ? store_txn_new(x->nbd->store, &x->nbd->identity, names, on_spilled, l) : NULL;
-    if (!t) {
-        free(l);
-        buf_drop(b);
-        return -ENOMEM;
-    }
-    *l = (struct layer){.refs = 1, .export = x, .txn = t, .seq = ++x->seq, .since = uv_now(x->nbd->loop)};
-    l->from = UINT64_MAX;
     struct frame_region g = {.handle = HANDLE,
-                             .epoch = x->epoch + 1,
-                             .base = x->epoch,
+                             .epoch = l->epoch,
+                             .base = l->epoch - 1,
                              .fence = x->fence,
                              .min_size = UINT64_MAX,
                              .size = x->size};
-    b->len = (uint32_t)frame_region_put(b->data, b->cap, &g);
-    store_txn_chain(t, x);
-    char error[STORE_ERROR] = "";
-    int err = store_txn_add(t, FRAME_REGION, b, error);
+    struct buf *b = buf_new(64);
+    struct store_txn *t = b ? store_txn_new(x->nbd->store, &x->nbd->identity, names, on_spilled, l) : NULL;
+    int err = t ? 0 : -ENOMEM;
+    snprintf(error, STORE_ERROR, "no memory for an epoch");
+    if (t) {
+        b->len = (uint32_t)frame_region_put(b->data, b->cap, &g);
+        store_txn_chain(t, x);
+        err = store_txn_add(t, FRAME_REGION, b, error);
+    }
     buf_drop(b);
-    TAILQ_INSERT_TAIL(&x->layers, l, link);
-    x->open = l;
-    x->epoch++;
-    if (err)
-        export_break(x, err, error);
+    for (size_t i = 0; i < l->bufs_len && !err; i++)
+        err = store_txn_add(t, FRAME_PAGES, l->bufs[i], error);
+    if (err && t)
+        store_txn_abort(t);
+    else
+        l->txn = t;
     return err;
+}
+
+/* Hands in once more what a broken export has kept. False: it stays broken. */
+static bool export_retry(struct export *x)
+{
+    char error[STORE_ERROR];
+    if (!may_go(x->err) || x->committing)
+        return false;
+    int err = 0;
+    for (struct layer *l = TAILQ_FIRST(&x->layers); l && !err; l = TAILQ_NEXT(l, link)) {
+        if (l->seq <= x->durable)
+            continue;
+        err = layer_begin(l, error);
+        if (err)
+            break;
+        struct store_txn *t = l->txn;
+        l->txn = NULL;
+        x->committing++;
+        store_txn_commit(t, on_durable, l);
+    }
+    x->broken = err;
+    x->err = err;
+    return !err;
+}
+
+static int layer_open(struct export *x)
+{
+    if (x->layers_n > NBD_LAYERS)
+        return -EAGAIN;
+    struct layer *l = calloc(1, sizeof *l);
+    if (!l)
+        return -ENOMEM;
+    *l = (struct layer){.refs = 1,
+                        .export = x,
+                        .seq = x->seq + 1,
+                        .since = uv_now(x->nbd->loop),
+                        .epoch = x->epoch + 1,
+                        .from = UINT64_MAX};
+    char error[STORE_ERROR];
+    int err = layer_begin(l, error);
+    if (err) {
+        free(l);
+        if (!may_go(err)) /* else no more is the matter than that this write is refused */
+            export_break(x, err, error);
+        return err;
+    }
+    x->seq++;
+    x->epoch++;
+    TAILQ_INSERT_TAIL(&x->layers, l, link);
+    x->layers_n++;
+    x->open = l;
+    return 0;
 }
 
 static void *grown(void *array, size_t len, size_t *cap, size_t size)
@@ -181,8 +242,15 @@ static int layer_add(struct layer *l, struct buf *b, const struct layer_extent *
     return 0;
 }
 
-int layer_put(struct export *x, uint64_t offset, uint32_t len, const uint8_t *data)
+int layer_put(struct nbd_conn *c, uint64_t offset, uint32_t len, const uint8_t *data)
 {
+    struct export *x = c->export;
+    if (x->broken && !c->tried) {
+        c->tried = !x->committing && export_retry(x);
+        if (x->committing)
+            return -EAGAIN; /* until that has come to an end */
+    }
+    c->tried = false;
     if (x->broken)
         return x->err;
     if (offset > x->size || len > x->size - offset)
@@ -213,7 +281,9 @@ int layer_put(struct export *x, uint64_t offset, uint32_t len, const uint8_t *da
 bool layer_wait(struct nbd_conn *c, const struct nbd_request *r)
 {
     struct export *x = c->export;
-    if (x->broken || x->seq == x->durable)
+    if (x->seq == x->durable)
+        return false;
+    if (x->broken && !x->committing && !export_retry(x))
         return false;
     struct waiter *w = malloc(sizeof *w);
     if (!w) {
@@ -227,12 +297,14 @@ bool layer_wait(struct nbd_conn *c, const struct nbd_request *r)
     return true;
 }
 
-size_t layers_hold(struct export *x, struct layer **to)
+size_t layers_hold(struct export *x, uint64_t seq, struct layer **to)
 {
     size_t n = 0;
     struct layer *l;
     TAILQ_FOREACH(l, &x->layers, link)
     {
+        if (l->seq <= seq)
+            continue;
         l->refs++;
         to[n++] = l;
     }
@@ -257,11 +329,17 @@ void layer_over(const struct layer *l, uint8_t *to, uint64_t offset, uint32_t le
     }
 }
 
-void layers_forget(struct export *x)
+void layers_done(struct export *x)
 {
-    for (struct layer *l; (l = TAILQ_FIRST(&x->layers));) {
+    for (struct layer *l; (l = TAILQ_FIRST(&x->layers)) && l->seq <= x->durable;) {
         TAILQ_REMOVE(&x->layers, l, link);
+        x->layers_n--;
         layer_drop(l);
     }
+}
+
+void layers_forget(struct export *x)
+{
     x->durable = x->seq;
+    layers_done(x);
 }

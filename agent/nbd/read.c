@@ -23,6 +23,7 @@ struct reading {
     struct layer *layers[NBD_LAYERS + 1];
     size_t layers_n;
     bool whole; /* answered when all is there */
+    bool sent, again; /* some of it has been; it has been tried before */
     int err;
     uint32_t pieces, left;
     struct piece piece[];
@@ -37,6 +38,7 @@ static void chunk_send(struct reading *q, struct piece *p, struct buf *data, boo
         buf_drop(data);
         data = NULL;
     }
+    q->sent = true;
     size_t n =
         nbd_chunk_head(head, done, hole ? NBD_CHUNK_HOLE : NBD_CHUNK_DATA, q->request.cookie, hole ? 12 : 8 + p->len);
     put_u64(head + n, p->offset);
@@ -62,12 +64,18 @@ static void whole_send(struct reading *q)
     }
 }
 
+static void park(struct nbd_conn *c, const struct nbd_request *r, bool again);
+static void reading_begin(struct nbd_conn *c, const struct nbd_request *r, bool again);
+
 static void reading_end(struct reading *q)
 {
     struct nbd_conn *c = q->conn;
-    if (q->err || q->request.command == NBD_CMD_CACHE)
+    bool again = q->err && q->nbd->slow && !q->again && !q->sent && !c->closing && c->export;
+    if (again && c->export->view == q->view)
+        view_forget(c->export);
+    if (!again && (q->err || q->request.command == NBD_CMD_CACHE))
         request_answer(c, &q->request, q->err);
-    else if (q->whole)
+    else if (!again && q->whole)
         whole_send(q);
     for (uint32_t i = 0; i < q->pieces; i++) {
         struct piece *p = &q->piece[i];
@@ -78,8 +86,11 @@ static void reading_end(struct reading *q)
     for (size_t i = 0; i < q->layers_n; i++)
         layer_drop(q->layers[i]);
     view_drop(q->nbd, q->view);
+    struct nbd_request r = q->request;
     free(q);
     c->requests--;
+    if (again)
+        reading_begin(c, &r, true);
 }
 
 /* What came of a piece. True: it was the last. */
@@ -114,11 +125,15 @@ static void on_piece(void *arg, int err, struct buf *data)
     conn_drop(c);
 }
 
-void read_begin(struct nbd_conn *c, const struct nbd_request *r)
+static void reading_begin(struct nbd_conn *c, const struct nbd_request *r, bool again)
 {
-    int err = 0;
     uint32_t pieces = (r->len + NBD_PIECE - 1) / NBD_PIECE;
-    struct view *v = export_view(c->export, &c->lineage, &err);
+    struct view *v = NULL;
+    int err = export_view(c->export, &c->lineage, &v);
+    if (err == -EINPROGRESS) {
+        park(c, r, again);
+        return;
+    }
     if (v && r->offset + r->len > v->size)
         err = -EIO; /* it has been cut since it was chosen */
     struct reading *q = err ? NULL : calloc(1, sizeof *q + pieces * sizeof q->piece[0]);
@@ -128,10 +143,10 @@ void read_begin(struct nbd_conn *c, const struct nbd_request *r)
         request_answer(c, r, err ? err : -ENOMEM);
         return;
     }
-    *q = (struct reading){.conn = c, .nbd = c->nbd, .request = *r, .view = v, .pieces = pieces, .left = pieces};
+    *q = (struct reading){.conn = c, .nbd = c->nbd, .request = *r, .view = v, .pieces = pieces, .left = pieces, .again = again};
     q->whole = !c->proto.structured || r->flags & NBD_CMD_FLAG_DF || r->command == NBD_CMD_CACHE;
     if (export_own(c))
-        q->layers_n = layers_hold(c->export, q->layers);
+        q->layers_n = layers_hold(c->export, v->seq, q->layers);
     conn_hold(c);
     c->requests++;
     conn_owe(c, r->len);
@@ -147,6 +162,53 @@ void read_begin(struct nbd_conn *c, const struct nbd_request *r)
         uint32_t at = i * NBD_PIECE, n = r->len - at < NBD_PIECE ? r->len - at : NBD_PIECE;
         q->piece[i] = (struct piece){.of = q, .offset = r->offset + at, .len = n};
         store_pin_read(v->pin, r->offset + at, n, 0, on_piece, &q->piece[i]);
+    }
+}
+
+void read_begin(struct nbd_conn *c, const struct nbd_request *r)
+{
+    reading_begin(c, r, false);
+}
+
+/* Parked ones count as what they are going to be answered with. */
+static uint32_t parked_owe(const struct nbd_request *r)
+{
+    return r->command == NBD_CMD_BLOCK_STATUS ? 0 : r->len;
+}
+
+static void park(struct nbd_conn *c, const struct nbd_request *r, bool again)
+{
+    struct parked *p = malloc(sizeof *p);
+    if (!p) {
+        request_answer(c, r, -ENOMEM);
+        return;
+    }
+    *p = (struct parked){.conn = c, .request = *r, .again = again};
+    TAILQ_INSERT_TAIL(&c->export->parked, p, link);
+    conn_owe(c, parked_owe(r));
+    conn_hold(c);
+    c->requests++;
+}
+
+void parked_resume(struct export *x, int err)
+{
+    struct parkeds all = TAILQ_HEAD_INITIALIZER(all);
+    TAILQ_CONCAT(&all, &x->parked, link);
+    for (struct parked *p; (p = TAILQ_FIRST(&all));) {
+        struct nbd_conn *c = p->conn;
+        TAILQ_REMOVE(&all, p, link);
+        conn_paid(c, parked_owe(&p->request));
+        c->requests--;
+        if (err || c->closing)
+            request_answer(c, &p->request, err);
+        else if (p->request.command == NBD_CMD_BLOCK_STATUS)
+            status_begin(c, &p->request);
+        else
+            reading_begin(c, &p->request, p->again);
+        free(p);
+        if (!c->closing)
+            conn_pump(c);
+        conn_drop(c);
     }
 }
 
@@ -198,8 +260,12 @@ void status_begin(struct nbd_conn *c, const struct nbd_request *r)
         if (layer_wait(c, r))
             return;
     }
-    int err = 0;
-    struct view *v = export_view(c->export, &c->lineage, &err);
+    struct view *v = NULL;
+    int err = export_view(c->export, &c->lineage, &v);
+    if (err == -EINPROGRESS) {
+        park(c, r, false);
+        return;
+    }
     if (v && r->offset + r->len > v->size)
         err = -EIO;
     struct asking *q = err ? NULL : malloc(sizeof *q);

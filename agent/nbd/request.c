@@ -96,7 +96,7 @@ size_t request_put(struct nbd_conn *c, const uint8_t *at, size_t have, bool *mor
     }
     int err = export_writer(c);
     if (!err)
-        err = layer_put(c->export, r->offset, n, hole ? NULL : c->zeros ? zeros : at);
+        err = layer_put(c, r->offset, n, hole ? NULL : c->zeros ? zeros : at);
     if (err == -EAGAIN) {
         c->blocked = true;
         *more = false;

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #define TICK_MS 500u
 
@@ -72,7 +73,12 @@ static void on_refused_closed(uv_handle_t *h)
 static void on_connection(void *owner, uv_stream_t *stream, int err)
 {
     struct nbd *n = owner;
-    int rc = !stream ? err : n->stopping ? -ESHUTDOWN : n->conns_n >= NBD_CONNECTIONS ? -EUSERS : conn_new(n, stream);
+    struct nbd_conn *c = NULL;
+    int rc = !stream ? err : n->stopping ? -ESHUTDOWN : n->conns_n >= NBD_CONNECTIONS ? -EUSERS : 0;
+    if (!rc && !(c = conn_new(n, stream, NULL)))
+        rc = -ENOMEM;
+    if (c)
+        conn_greet(c);
     if (rc < 0)
         log_error("an NBD connection could not be accepted: %s", strerror(-rc));
     if (rc < 0 && stream)
@@ -87,6 +93,54 @@ static void on_listener_closed(void *owner)
 int nbd_listen(struct nbd *n, const char *addr, char *bound, size_t cap)
 {
     return listen_open(&n->listeners, n->loop, addr, bound, cap, on_connection, on_listener_closed, n);
+}
+
+/* A socket that libuv has none of its own for is as good as a pipe. */
+static uv_stream_t *stream_of(uv_loop_t *loop, int fd, int *err)
+{
+    union {
+        uv_tcp_t tcp;
+        uv_pipe_t pipe;
+    } *h = malloc(sizeof *h);
+    struct sockaddr_storage sa = {0};
+    socklen_t len = sizeof sa;
+    bool tcp = !getsockname(fd, (struct sockaddr *)&sa, &len) && sa.ss_family != AF_UNIX;
+    *err = !h ? -ENOMEM : tcp ? uv_tcp_init(loop, &h->tcp) : uv_pipe_init(loop, &h->pipe, 0);
+    if (*err) {
+        free(h);
+        return NULL;
+    }
+    *err = tcp ? uv_tcp_open(&h->tcp, fd) : uv_pipe_open(&h->pipe, fd);
+    if (*err) {
+        uv_close((uv_handle_t *)h, on_refused_closed);
+        return NULL;
+    }
+    return (uv_stream_t *)h;
+}
+
+int nbd_serve(struct nbd *n, int fd, const char *name, const char *who, nbd_served *done, void *arg)
+{
+    int err = n->stopping                       ? -ESHUTDOWN
+              : n->conns_n >= NBD_CONNECTIONS ? -EUSERS
+              : name && strlen(name) > NBD_NAME_MAX ? -ENAMETOOLONG
+                                                    : 0;
+    uv_stream_t *stream = err ? NULL : stream_of(n->loop, fd, &err);
+    if (!stream) {
+        close(fd);
+        return err;
+    }
+    struct nbd_conn *c = conn_new(n, stream, who);
+    if (!c) {
+        uv_close((uv_handle_t *)stream, on_refused_closed);
+        return -ENOMEM;
+    }
+    c->served = done;
+    c->served_arg = arg;
+    if (name)
+        handshake_serve(c, name);
+    else
+        conn_greet(c);
+    return 0;
 }
 
 static void on_timer_closed(uv_handle_t *h)
