@@ -176,7 +176,8 @@ static int lease_answered(struct nbd_conn *c, struct export *x, int err, const s
     else if (!err && to->status != FRAME_ATTACH_EXISTS && to->status != FRAME_ATTACH_NONE)
         err = -EIO;
     if (err) {
-        log_info("NBD client %s may not write %s: %s", c->party, x->name, to && to->holder[0] ? to->holder : strerror(-err));
+        log_info("NBD client %s may not write %s: %s", c->party, x->name,
+                 to && to->holder[0] ? to->holder : strerror(-err));
         return err;
     }
     if (to->status == FRAME_ATTACH_NONE || !id_same(&to->lineage, &c->lineage)) {

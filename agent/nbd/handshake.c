@@ -29,7 +29,8 @@ static void ack(struct nbd_conn *c)
     reply(c, c->got.option, NBD_REP_ACK, NULL, 0, NULL, 0);
 }
 
-/* What an option, or nbd_serve, waits for: the list, or what a name is. The connection takes no more bytes until then. */
+/* What an option, or nbd_serve, waits for: the list, or what a name is. The connection takes no more bytes until then.
+ */
 struct ask {
     struct nbd_conn *conn;
     void (*found)(struct nbd_conn *c, const char *name, int err, const char *text, const struct frame_entry *e);

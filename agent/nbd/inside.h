@@ -23,8 +23,8 @@
  * A layer stays in the list, for reads, until a view is asked for that has it.
  * So every epoch is all that was written before some moment. The client's own reads are the view with layers laid over
  * it. If the process dies, layers that were not durable are lost, as a disk's cache is; FLUSH was not answered then.
- * A broken export answers writes and FLUSH with the error. Its layers are kept, and when the cause is one that may go (a
- * full disk, no replica) each write and FLUSH commits them again first: nothing is lost by it as long as the client
+ * A broken export answers writes and FLUSH with the error. Its layers are kept, and when the cause is one that may go
+ * (a full disk, no replica) each write and FLUSH commits them again first: nothing is lost by it as long as the client
  * stays. With other causes it is broken until its client has gone; what is lost then was never flushed. */
 #ifndef NBD_INSIDE_H
 #define NBD_INSIDE_H
@@ -78,7 +78,7 @@ struct layer {
     bool wanted;           /* is to be closed as soon as it can be */
     uint64_t seq, since;   /* since: ms */
     uint64_t epoch;
-    uint64_t from, to;     /* within these bytes of the region */
+    uint64_t from, to; /* within these bytes of the region */
     size_t bytes, extents_len, extents_cap, bufs_len, bufs_cap;
     struct layer_extent *extents;
     struct buf **bufs;
@@ -112,6 +112,7 @@ struct export
     bool asking, leasing;    /* the store is asked for a view, a lease */
     bool leased, broken;
     int err;               /* when broken */
+    int said;              /* in the log, since something was durable */
     char party[NBD_PARTY]; /* who writes */
     struct id lineage;     /* of what is written */
     uint64_t epoch, fence, size;
@@ -161,9 +162,9 @@ struct nbd_conn {
     uint32_t drain;         /* payload of a refused write still to come */
 
     bool reading, blocked, leaving, closing, closed, flushing;
-    bool asking;   /* an option of it waits for the store's answer */
-    bool tried;    /* the write under way has had a broken export tried again */
-    int lease_err; /* the answer to its asking for the lease, once */
+    bool asking;        /* an option of it waits for the store's answer */
+    bool tried;         /* the write under way has had a broken export tried again */
+    int lease_err;      /* the answer to its asking for the lease, once */
     nbd_served *served; /* of nbd_serve; and its arg */
     void *served_arg;
     unsigned refs; /* requests, writes of ours and waiters that still speak of it; the handle's */

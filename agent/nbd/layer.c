@@ -34,8 +34,10 @@ void layer_drop(struct layer *l)
 }
 
 /* Whether what failed may be asked for again: it was not done, and its cause may go. */
-static bool may_go(int err)
+static bool may_go(const struct export *x, int err)
 {
+    if (err == -ENOENT && x->nbd->slow)
+        return true; /* a replica that has come back does not know the writer yet */
     return err == -ENOSPC || err == -EDQUOT || err == -ENOTCONN || err == -ENOMEM;
 }
 
@@ -70,8 +72,10 @@ static void export_break(struct export *x, int err, const char *text)
 {
     if (x->broken)
         return;
-    log_warn("region %s: what NBD client %s wrote is not on disk%s: %s", x->name, x->party,
-             may_go(err) ? " yet, and is tried again when the client writes or flushes" : "", text);
+    if (x->said != err) /* a client that tries again and again is not the log's matter */
+        log_warn("region %s: what NBD client %s writes cannot be put on disk%s: %s", x->name, x->party,
+                 may_go(x, err) ? ", and is kept to be tried again when it writes or flushes" : "", text);
+    x->said = err;
     x->broken = true;
     x->err = err;
     if (x->open) {
@@ -92,6 +96,7 @@ static void on_durable(void *arg, int err, const char *text)
         export_break(x, err, text && *text ? text : strerror(-err));
     } else {
         x->durable = l->seq;
+        x->said = 0;
         if (!x->asking) { /* what is being asked for may be without it */
             layers_done(x);
             view_forget(x); /* before the epoch is applied, which would keep what the view has */
@@ -155,12 +160,10 @@ static int layer_begin(struct layer *l, char error[STORE_ERROR])
     return err;
 }
 
-/* Hands in once more what a broken export has kept. False: it stays broken. */
-static bool export_retry(struct export *x)
+/* Hands in once more what a broken export has kept. */
+static void layers_again(struct export *x)
 {
     char error[STORE_ERROR];
-    if (!may_go(x->err) || x->committing)
-        return false;
     int err = 0;
     for (struct layer *l = TAILQ_FIRST(&x->layers); l && !err; l = TAILQ_NEXT(l, link)) {
         if (l->seq <= x->durable)
@@ -175,7 +178,63 @@ static bool export_retry(struct export *x)
     }
     x->broken = err;
     x->err = err;
-    return !err;
+}
+
+/* The lease has been asked for again. What was committed without an answer is there; a writer in between is the end. */
+static void lease_again(struct export *x, int err, const struct frame_attached *to)
+{
+    x->committing--;
+    if (!err && (to->status != FRAME_ATTACH_EXISTS || !id_same(&to->lineage, &x->lineage)))
+        err = -ESTALE;
+    struct layer *l = NULL;
+    TAILQ_FOREACH(l, &x->layers, link)
+    {
+        if (!err && l->seq > x->durable && to->fence == x->fence && l->epoch <= to->epoch)
+            x->durable = l->seq;
+        if (l->seq > x->durable)
+            break;
+    }
+    if (!err && l && l->epoch != to->epoch + 1)
+        err = -ESTALE;
+    if (err) {
+        x->err = err == -EIO ? -ENOTCONN : err; /* nobody there to ask: as before */
+        return;
+    }
+    if (!l)
+        x->epoch = to->epoch;
+    x->fence = to->fence;
+    layers_again(x);
+}
+
+static void on_lease_again(void *arg, int err, const struct frame_attached *to)
+{
+    struct export *x = arg;
+    lease_again(x, err, to);
+    waiters_tell(x);
+    export_unblock(x);
+    x->conns--;
+    export_settle(x);
+}
+
+/* Begins to try again, after which the export is whole, or something is under way that ends in on_durable or the like;
+ * or neither, and it stays broken. */
+static void export_retry(struct export *x)
+{
+    if (!may_go(x, x->err) || x->committing)
+        return;
+    struct nbd *n = x->nbd;
+    if (!n->slow) {
+        layers_again(x);
+        return;
+    }
+    struct store_attach ask = {.name = x->name, .host = n->host, .identity = &n->identity, .write = true};
+    struct frame_attached to = {0};
+    x->committing++;
+    int err = store_attach(n->store, &ask, &to, on_lease_again, x);
+    if (err == -EINPROGRESS)
+        x->conns++;
+    else
+        lease_again(x, err, &to);
 }
 
 static int layer_open(struct export *x)
@@ -195,8 +254,7 @@ static int layer_open(struct export *x)
     int err = layer_begin(l, error);
     if (err) {
         free(l);
-        if (!may_go(err)) /* else no more is the matter than that this write is refused */
-            export_break(x, err, error);
+        export_break(x, err, error);
         return err;
     }
     x->seq++;
@@ -246,7 +304,8 @@ int layer_put(struct nbd_conn *c, uint64_t offset, uint32_t len, const uint8_t *
 {
     struct export *x = c->export;
     if (x->broken && !c->tried) {
-        c->tried = !x->committing && export_retry(x);
+        c->tried = !x->committing;
+        export_retry(x);
         if (x->committing)
             return -EAGAIN; /* until that has come to an end */
     }
@@ -283,7 +342,9 @@ bool layer_wait(struct nbd_conn *c, const struct nbd_request *r)
     struct export *x = c->export;
     if (x->seq == x->durable)
         return false;
-    if (x->broken && !x->committing && !export_retry(x))
+    if (x->broken)
+        export_retry(x);
+    if (x->broken && !x->committing)
         return false;
     struct waiter *w = malloc(sizeof *w);
     if (!w) {

@@ -22,7 +22,7 @@ struct reading {
     struct view *view;
     struct layer *layers[NBD_LAYERS + 1];
     size_t layers_n;
-    bool whole; /* answered when all is there */
+    bool whole;       /* answered when all is there */
     bool sent, again; /* some of it has been; it has been tried before */
     int err;
     uint32_t pieces, left;
@@ -143,7 +143,8 @@ static void reading_begin(struct nbd_conn *c, const struct nbd_request *r, bool 
         request_answer(c, r, err ? err : -ENOMEM);
         return;
     }
-    *q = (struct reading){.conn = c, .nbd = c->nbd, .request = *r, .view = v, .pieces = pieces, .left = pieces, .again = again};
+    *q = (struct reading){
+        .conn = c, .nbd = c->nbd, .request = *r, .view = v, .pieces = pieces, .left = pieces, .again = again};
     q->whole = !c->proto.structured || r->flags & NBD_CMD_FLAG_DF || r->command == NBD_CMD_CACHE;
     if (export_own(c))
         q->layers_n = layers_hold(c->export, v->seq, q->layers);

@@ -33,7 +33,7 @@ static void flush_begin(struct nbd_conn *c, const struct nbd_request *r)
     struct export *x = c->export;
     layer_want(x);
     if (!layer_wait(c, r))
-        request_answer(c, r, x->broken ? x->err : 0);
+        request_answer(c, r, x->broken && x->seq != x->durable ? x->err : 0);
 }
 
 static void put_begin(struct nbd_conn *c, const struct nbd_request *r)

@@ -120,8 +120,8 @@ static uv_stream_t *stream_of(uv_loop_t *loop, int fd, int *err)
 
 int nbd_serve(struct nbd *n, int fd, const char *name, const char *who, nbd_served *done, void *arg)
 {
-    int err = n->stopping                       ? -ESHUTDOWN
-              : n->conns_n >= NBD_CONNECTIONS ? -EUSERS
+    int err = n->stopping                           ? -ESHUTDOWN
+              : n->conns_n >= NBD_CONNECTIONS       ? -EUSERS
               : name && strlen(name) > NBD_NAME_MAX ? -ENAMETOOLONG
                                                     : 0;
     uv_stream_t *stream = err ? NULL : stream_of(n->loop, fd, &err);

@@ -285,6 +285,129 @@ PY
     timeout 60 nbdsh -u "$DEVICE" -c 'h.pread(1, 0)' || fail "it does not serve any more"
 }
 
+case_refilled() { # ... and goes on with the same client once there is room: nothing that was answered is lost
+    requires nbdsh
+    requires_root "a small file system"
+    mkdir "$T/small"
+    mount -t tmpfs -o size=160m none "$T/small" || { say "SKIP: no mounts here"; exit 77; }
+    mounted+=("$T/small")
+    STORE=$T/small/store
+    start
+    truncate -s 200M "$T/image"
+    memsync import "$T/image" disk >/dev/null
+    head -c 70M /dev/zero >"$T/small/filler"
+    timeout 60 nbdsh -u "$DEVICE" -c "filler, uri = '$T/small/filler', '$DEVICE'" -c - >"$T/shell" 2>&1 <<'PY' || fail "$(cat "$T/shell")"
+import os, random, time
+blocks = [random.Random(i).randbytes(1 << 20) for i in range(90)]
+full = 0
+def trying(f):
+    global full
+    until = time.time() + 20
+    while True:
+        try:
+            return f()
+        except nbd.Error as e:
+            assert e.errno == "ENOSPC" and time.time() < until, e
+            full += 1
+            if full == 3: # twice in vain
+                os.unlink(filler)
+            time.sleep(0.02)
+for i, block in enumerate(blocks):
+    trying(lambda: h.pwrite(block, i << 20))
+trying(h.flush)
+assert full >= 3, "the disk was not full"
+other = nbd.NBD()
+other.connect_uri(uri)
+for peer in h, other:
+    for i, block in enumerate(blocks):
+        assert peer.pread(1 << 20, i << 20) == block, i
+PY
+}
+
+# Two replicas behind a hub that serves them: what is said at its NBD side when one goes, all go, and they come back.
+declare -A AT PID
+replica_ready() { grep -q '^listening wire' "$T/$1.out"; }
+replica() { # NAME
+    : >"$T/$1.out"
+    "$BUILD/memsync-agent" --listen "${AT[$1]:-127.0.0.1:0}" --store "file:$T/store.$1" --state "$T/state.$1" >"$T/$1.out" 2>>"$T/$1.err" &
+    PID[$1]=$!
+    poll 20 replica_ready "$1" || fail "replica $1 did not start"
+    AT[$1]=$(sed -n 's/^listening wire //p' "$T/$1.out")
+}
+kill_replica() {
+    kill -KILL "${PID[$1]}"
+    wait "${PID[$1]}" 2>/dev/null || true
+}
+case_hub() {
+    requires nbdsh nbdinfo nbdcopy qemu-io
+    replica a
+    replica b
+    image
+    start "hub:${AT[a]},${AT[b]}"
+    memsync import "$T/image" disk >"$T/import.out" || fail "import: $(cat "$T/import.out")"
+    timeout 20 nbdinfo --list "nbd://$NBD" | grep -q 'export="disk"' || fail "no list"
+    timeout 20 nbdinfo "nbd://$NBD/" | grep -q "export-size: $SIZE " || fail "the only region is no default export"
+    ! timeout 20 nbdinfo "nbd://$NBD/none" >"$T/info" 2>&1 || fail "a region that is not there was served"
+    timeout 60 nbdcopy "$DEVICE" "$T/out"
+    same "$T/image" "$T/out"
+    head -c "$SIZE" /dev/urandom >"$T/image"
+    timeout 60 nbdcopy --flush "$T/image" "$DEVICE"
+    timeout 60 nbdcopy "$DEVICE" "$T/out"
+    same "$T/image" "$T/out"
+    io -c 'write -P 0x5a 4097 10000' -c 'read -P 0x5a 4097 10000' -c flush -c 'read -P 0x5a 4097 10000' -c 'write -z 1M 1M' -c 'read -P 0 1M 1M' "$DEVICE"
+    mkfifo "$T/ask" "$T/told"
+    exec 3<>"$T/ask" 4<>"$T/told"
+    timeout 100 nbdsh -u "$DEVICE" -c "ask, told = open('$T/ask', 'w'), open('$T/told')" -c - >"$T/shell" 2>&1 <<'PY' &
+import time
+def please(text):
+    print(text, file=ask, flush=True)
+    assert told.readline() == "done\n"
+def failing(f):
+    begun = time.time()
+    try:
+        f()
+    except nbd.Error as e:
+        assert e.errno == "EIO", e.errno
+        assert time.time() - begun < 20, "it hung"
+        return
+    raise AssertionError("with no replica")
+def patient(f):
+    until = time.time() + 30
+    while True:
+        try:
+            return f()
+        except nbd.Error as e:
+            assert time.time() < until and h.aio_is_ready(), e
+            time.sleep(0.1)
+h.pwrite(b'1' * 4096, 0)
+h.flush()
+please("kill a")
+patient(lambda: h.pwrite(b'2' * 4096, 4096))
+patient(h.flush)
+assert h.pread(8192, 0) == b'1' * 4096 + b'2' * 4096
+please("kill b")
+failing(lambda: h.pread(4096, 1 << 20))
+def both():
+    h.pwrite(b'3' * 4096, 8192)
+    h.flush()
+failing(both)
+assert h.aio_is_ready(), "the connection was dropped"
+please("start both")
+patient(lambda: h.pread(4096, 1 << 20))
+patient(both)
+assert h.pread(12288, 0) == b'1' * 4096 + b'2' * 4096 + b'3' * 4096
+PY
+    local shell=$! what=none one
+    while [ "$what" != start ] && read -r -t 60 -u 3 what one; do
+        case $what in kill) kill_replica "$one" ;; start) replica b; replica a ;; esac
+        say done >&4
+    done
+    wait "$shell" || fail "$(cat "$T/shell")"
+    stop_remote
+    kill_replica a
+    kill_replica b
+}
+
 case_hostile() {
     imported
     python "$NBD" handshake
@@ -313,6 +436,6 @@ case_listen() {
     stop_remote
 }
 
-cases="info copy qemu fio shell fuse writers followed durable full hostile listen"
+cases="info copy qemu fio shell fuse writers followed durable full refilled hub hostile listen"
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' $cases; exit 0; }
 "case_$1"

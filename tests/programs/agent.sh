@@ -38,7 +38,6 @@ for url in s3://bucket/x redis://h:1/0 nbd://h dir:/x; do
 done
 says 2 --store -- --nbd 127.0.0.1:0
 says 2 nonsense HOST:PORT -- --nbd nonsense --store mem:
-says 3 hub 'not built' -- --nbd 127.0.0.1:0 --store hub:127.0.0.1:1,127.0.0.1:2
 says 3 'no TLS is built' --nbd --insecure -- --nbd 0.0.0.0:0 --store mem:
 says 3 'no TLS is built' 0.0.0.0:0 --insecure -- --listen 0.0.0.0:0 --store mem:
 says 3 'no TLS is built' -- --listen '[::]:0' --store mem:
