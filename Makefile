@@ -18,8 +18,8 @@ say = $(if $(filter 0,$(V)),@printf '  %-5s %s\n' $(1) $(2))
 OPT ?= -O2 -g
 WARN := -Wall -Wextra -Wshadow -Wconversion -Werror
 FLAGS := -std=gnu17 -D_GNU_SOURCE -I. $(OPT) $(WARN) -pthread -MMD -MP -DMEMSYNC_PREFIX='"$(PREFIX)"'
-AGENT_FLAGS = $(FLAGS) $(SANITIZE) $(shell pkg-config --cflags libuv libxxhash liblz4)
-AGENT_LIBS = $(SANITIZE) $(shell pkg-config --libs libuv libxxhash liblz4) -pthread
+AGENT_FLAGS = $(FLAGS) $(SANITIZE) $(shell pkg-config --cflags libuv libxxhash liblz4 libssl libcrypto)
+AGENT_LIBS = $(SANITIZE) $(shell pkg-config --libs libuv libxxhash liblz4 libssl libcrypto) -pthread
 # The shim lives in other people's processes: no fortify (it would call what we wrap), nothing visible that is not meant to be.
 SHIM_FLAGS = $(FLAGS) -fPIC -fvisibility=hidden -U_FORTIFY_SOURCE -ftls-model=initial-exec -fno-stack-protector $(shell pkg-config --cflags libffi)
 SHIM_LIBS = $(shell pkg-config --libs libffi) -ldl -pthread

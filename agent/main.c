@@ -7,7 +7,9 @@
 #include "agent/base/log.h"
 #include "agent/hub/hub.h"
 #include "agent/nbd/nbd.h"
+#include "agent/net/grants.h"
 #include "agent/net/server.h"
+#include "agent/net/tls.h"
 #include "agent/options.h"
 #include "agent/store/store.h"
 #include "agent/sync/local.h"
@@ -22,7 +24,9 @@
 
 static struct agent {
     uv_loop_t loop;
-    uv_signal_t term, interrupt;
+    uv_signal_t term, interrupt, hangup;
+    struct tls_config *tls; /* of listeners */
+    struct grants *grants;
     struct local *local;
     struct server *server;
     struct nbd *nbd;
@@ -35,6 +39,7 @@ static void on_store_closed(void *arg)
     (void)arg;
     uv_close((uv_handle_t *)&agent.term, NULL);
     uv_close((uv_handle_t *)&agent.interrupt, NULL);
+    uv_close((uv_handle_t *)&agent.hangup, NULL);
 }
 
 static void on_server_stopped(void *arg)
@@ -77,6 +82,28 @@ static void on_signal(uv_signal_t *handle, int number)
     (void)handle;
     log_info("%s: finishing", strsignal(number));
     agent_leave();
+}
+
+static bool reload(struct tls_config *c)
+{
+    char error[TLS_ERROR];
+    if (!c || !tls_config_reload(c, error))
+        return true;
+    log_error("what TLS shows stays as it was: %s", error);
+    return false;
+}
+
+/* Certificates, keys and grants anew, for connections and requests to come. */
+static void on_hangup(uv_signal_t *handle, int number)
+{
+    (void)handle;
+    (void)number;
+    char error[GRANTS_ERROR];
+    log_info("reading certificates, keys and grants anew");
+    if (reload(agent.tls))
+        reload(tls_dial_config());
+    if (agent.grants && grants_reload(agent.grants, error))
+        log_error("grants stay as they were: %s", error);
 }
 
 static void process_setup(void)
@@ -139,6 +166,26 @@ static int start_nbd(const struct options *o, const struct id *identity, const c
     return 0;
 }
 
+/* What is shown and asked for, by listeners and where this agent dials. A directory may hold the files of one of the two
+ * roles only. */
+static int start_tls(const struct options *o)
+{
+    char error[TLS_ERROR], grants[GRANTS_ERROR];
+    bool any = o->tls.cert_dir || o->tls.psk_file, serves = false;
+    for (unsigned i = 0; i < o->listen_n; i++)
+        serves = serves || strncmp(o->listen[i], "unix:", 5); /* where the file's mode decides */
+    if (any && serves && !(agent.tls = tls_config_load(true, o->tls.cert_dir, o->tls.psk_file, error)))
+        return fail(error);
+    if (tls_dial_setup(&o->tls, error)) {
+        if (!serves || o->socket || hub_is(o->store))
+            return fail(error);
+        log_info("this agent dials without TLS: %s", error);
+    }
+    if (o->grants && !(agent.grants = grants_load(o->grants, grants)))
+        return fail(grants);
+    return 0;
+}
+
 /* The remote role. 0 or the exit status. */
 static int start_server(const struct options *o)
 {
@@ -154,6 +201,7 @@ static int start_server(const struct options *o)
     agent.server = server_new(&agent.loop, agent.store, &identity, host);
     if (!agent.server)
         return fail("no memory");
+    server_secure(agent.server, agent.tls, agent.grants);
     for (unsigned i = 0; i < o->listen_n; i++)
         if (listen_on(o->listen[i], true))
             return 3;
@@ -190,7 +238,11 @@ int main(int argc, char **argv)
     uv_signal_init(&agent.loop, &agent.interrupt);
     uv_signal_start(&agent.term, on_signal, SIGTERM);
     uv_signal_start(&agent.interrupt, on_signal, SIGINT);
-    rc = o.store ? start_server(&o) : 0;
+    uv_signal_init(&agent.loop, &agent.hangup);
+    uv_signal_start(&agent.hangup, on_hangup, SIGHUP);
+    rc = start_tls(&o);
+    if (!rc && o.store)
+        rc = start_server(&o);
     if (!rc && o.socket)
         rc = start_local(&o);
     if (rc)

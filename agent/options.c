@@ -23,7 +23,12 @@ static const char help[] =
     "  --socket PATH        serve this user's programs here (the preload library starts this one by itself)\n"
     "  --linger             leave when no program is connected and all they stored is acknowledged\n"
     "  --state DIR          identity and records; default $XDG_STATE_HOME/memsync or ~/.local/state/memsync\n"
-    "  --insecure           allow --listen and --nbd on an address that other hosts reach (there is no TLS in this build)\n"
+    "  --cert-dir DIR       TLS with the certificates in DIR (memsync certs makes them): ca-cert.pem, server-cert.pem,\n"
+    "                       server-key.pem for --listen; client-cert.pem, client-key.pem where this agent dials\n"
+    "  --psk-file FILE      TLS with pre-shared keys, IDENTITY:HEXKEY lines (memsync keygen makes one)\n"
+    "  --tls auto           TLS when there are certificates or keys; require: or not start; off: never\n"
+    "  --grants FILE        who may do what: lines of IDENTITY GLOB read,write,admin; what no line grants is refused\n"
+    "  --insecure           allow --listen without TLS, and --nbd, on an address that other hosts reach\n"
     "  --version, --help\n"
     "\n"
     "When ready it prints a line for each listener, such as \"listening wire 127.0.0.1:7070\". SIGTERM or SIGINT: "
@@ -33,12 +38,15 @@ static const char help[] =
     "\n"
     "Example:  memsync-agent --listen 127.0.0.1:7070 --store file:/srv/replica\n";
 
-enum { OPT_LISTEN = 1, OPT_STORE, OPT_SOCKET, OPT_LINGER, OPT_STATE, OPT_INSECURE, OPT_NBD, OPT_VERSION, OPT_HELP };
+enum { OPT_LISTEN = 1, OPT_STORE, OPT_SOCKET, OPT_LINGER, OPT_STATE, OPT_INSECURE, OPT_NBD, OPT_TLS, OPT_CERTS, OPT_PSK, OPT_GRANTS, OPT_VERSION, OPT_HELP };
 
 static const struct option longs[] = {
     {"listen", required_argument, NULL, OPT_LISTEN}, {"store", required_argument, NULL, OPT_STORE},
     {"socket", required_argument, NULL, OPT_SOCKET}, {"linger", no_argument, NULL, OPT_LINGER},
     {"state", required_argument, NULL, OPT_STATE},   {"insecure", no_argument, NULL, OPT_INSECURE},
+    {"tls", required_argument, NULL, OPT_TLS},
+    {"cert-dir", required_argument, NULL, OPT_CERTS}, {"psk-file", required_argument, NULL, OPT_PSK},
+    {"grants", required_argument, NULL, OPT_GRANTS},
     {"nbd", required_argument, NULL, OPT_NBD},       {"version", no_argument, NULL, OPT_VERSION},
     {"help", no_argument, NULL, OPT_HELP},           {NULL, 0, NULL, 0},
 };
@@ -69,17 +77,27 @@ static int store_check(const char *url)
     return fault(2, "--store %s is not a store: file:DIR, mem: or hub:ADDR,ADDR...", url);
 }
 
+static bool tls_given(const struct options *o)
+{
+    return o->tls.cert_dir || o->tls.psk_file;
+}
+
 static int listen_check(const struct options *o, const char *option, const char *text)
 {
     struct addr a;
     if (addr_parse(&a, text) < 0)
         return fault(2, "%s %s is not an address: HOST:PORT, [V6]:PORT or unix:PATH", option, text);
-    if (!o->insecure && !addr_loopback(&a))
-        return fault(3,
-                     "no TLS is built: %s %s would let every host that reaches it read and write; use 127.0.0.1, "
-                     "or allow it by --insecure",
-                     option, text);
-    return OPTIONS_GO;
+    if (a.tls)
+        return fault(2, "%s %s: listeners take no tls: before the address; give --cert-dir or --psk-file", option, text);
+    bool wire = !strcmp(option, "--listen");
+    if (o->insecure || (wire && tls_given(o)) || addr_loopback(&a))
+        return OPTIONS_GO;
+    return fault(3,
+                 wire ? "%s %s without TLS would let every host that reaches it read and write: give --cert-dir or "
+                        "--psk-file, use 127.0.0.1, or allow it by --insecure"
+                      : "no TLS is built for block devices: %s %s would let every host that reaches it read and write; "
+                        "use 127.0.0.1, or allow it by --insecure",
+                 option, text);
 }
 
 static int listeners_check(const struct options *o)
@@ -104,6 +122,13 @@ static int options_check(struct options *o)
         rc = fault(2, "--store mem: or hub: without --listen could be reached by nobody");
     if (rc == OPTIONS_GO && o->linger && !o->socket)
         rc = fault(2, "--linger is for an agent with --socket");
+    char error[TLS_ERROR];
+    if (rc == OPTIONS_GO && tls_choose(&o->tls, error))
+        rc = fault(2, "%s", error);
+    if (rc == OPTIONS_GO && o->grants && !o->listen_n)
+        rc = fault(2, "--grants is for an agent with --listen");
+    if (rc == OPTIONS_GO && o->grants && o->nbd_n)
+        rc = fault(3, "--grants beside --nbd is not built: block devices know no identities, and would go around it");
     if (rc == OPTIONS_GO)
         rc = listeners_check(o);
     if (rc == OPTIONS_GO && !o->state[0] && identity_default_dir(o->state, sizeof o->state) < 0)
@@ -133,6 +158,18 @@ static int option_take(struct options *o, int opt)
         return OPTIONS_GO;
     case OPT_SOCKET:
         o->socket = optarg;
+        return OPTIONS_GO;
+    case OPT_TLS:
+        o->tls.mode = optarg;
+        return OPTIONS_GO;
+    case OPT_CERTS:
+        o->tls.cert_dir = optarg;
+        return OPTIONS_GO;
+    case OPT_PSK:
+        o->tls.psk_file = optarg;
+        return OPTIONS_GO;
+    case OPT_GRANTS:
+        o->grants = optarg;
         return OPTIONS_GO;
     case OPT_LINGER:
         o->linger = true;

@@ -2,6 +2,8 @@
 #ifndef AGENT_OPTIONS_H
 #define AGENT_OPTIONS_H
 
+#include "agent/net/tls.h"
+
 #include <stdbool.h>
 
 #define OPTIONS_LISTEN 16
@@ -12,6 +14,8 @@ struct options {
     const char *store, *socket; /* NULL: not given */
     char state[4096];
     bool linger, insecure;
+    struct tls_choice tls;
+    const char *grants;
 };
 
 #define OPTIONS_GO (-1)

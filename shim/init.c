@@ -141,15 +141,53 @@ static bool read_choices(void)
     return !value || wrong("MEMSYNC_ON_LOSS", value, "unknown; continue, block and fail are possible");
 }
 
-static bool read_unbuilt(void)
+/* "tls:" before every host: the agent, which may be another program's and have been started without, never dials those
+ * in the clear. */
+static bool want_tls(void)
 {
-    static const char *const names[] = {"MEMSYNC_TLS", "MEMSYNC_PSK_FILE", "MEMSYNC_CERT_DIR"};
+    char out[sizeof shim.remote];
+    const char *from = shim.remote;
+    size_t n = 0;
+    if (!strncmp(from, "file:", 5))
+        return true;
+    bool hub = !strncmp(from, "hub:", 4);
+    for (bool begins = true; *from; from++) {
+        if (hub && from == shim.remote) {
+            memcpy(out, "hub:", 4);
+            n = 4;
+            from += 4;
+        }
+        if (begins && strncmp(from, "unix:", 5) && strncmp(from, "tls:", 4)) {
+            if (n + 4 >= sizeof out)
+                return wrong("MEMSYNC_REMOTE", shim.remote, "longer than 1023 bytes");
+            memcpy(out + n, "tls:", 4);
+            n += 4;
+        }
+        begins = hub && *from == ',';
+        if (n + 1 >= sizeof out)
+            return wrong("MEMSYNC_REMOTE", shim.remote, "longer than 1023 bytes");
+        out[n++] = *from;
+    }
+    out[n] = 0;
+    strcpy(shim.remote, out);
+    return true;
+}
+
+/* The files are the agent's to read, which the shim starts with this environment, and in another directory. */
+static bool read_tls(void)
+{
+    static const char *const names[] = {"MEMSYNC_PSK_FILE", "MEMSYNC_CERT_DIR"};
+    const char *mode = variable("MEMSYNC_TLS");
+    bool wanted = mode && !strcmp(mode, "require");
+    if (mode && !wanted && strcmp(mode, "auto") && strcmp(mode, "off"))
+        return wrong("MEMSYNC_TLS", mode, "unknown; auto, require and off are possible");
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         const char *value = variable(names[i]);
-        if (value)
-            return wrong(names[i], value, "not built: connections are neither encrypted nor authenticated");
+        if (value && *value != '/')
+            return wrong(names[i], value, "not an absolute path");
+        wanted = wanted || value;
     }
-    return true;
+    return !wanted || (mode && !strcmp(mode, "off")) || want_tls();
 }
 
 static bool read_socket(void)
@@ -212,7 +250,7 @@ static bool read_rules(void)
         say(variable("MEMSYNC_REMOTE") ? SAY_WARN : SAY_INFO, "MEMSYNC_REGIONS is not set: nothing is tracked");
         return false;
     }
-    if (!read_unbuilt() || !read_remote() || !read_choices() || !read_socket() ||
+    if (!read_remote() || !read_tls() || !read_choices() || !read_socket() ||
         !read_time("MEMSYNC_TIMEOUT", &shim.timeout_ms, 10000, false, true) ||
         !read_time("MEMSYNC_INTERVAL", &shim.defaults.interval_ms, 1000, true, false) ||
         !read_time("MEMSYNC_FETCH_TIMEOUT", &shim.fetch_timeout_ms, UINT64_MAX, false, true))

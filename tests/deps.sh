@@ -2,9 +2,9 @@
 # Installs the Debian packages that a target needs, and only those that are missing:  tests/deps.sh [build|demo|check|bench|vm]...   (build, demo and check when none is named)
 set -euo pipefail
 
-build="gcc libc6-dev make pkg-config libuv1-dev libxxhash-dev liblz4-dev libffi-dev libjansson-dev"
+build="gcc libc6-dev make pkg-config libssl-dev libuv1-dev libxxhash-dev liblz4-dev libffi-dev libjansson-dev"
 demo="python3-lmdb lmdb-utils"
-check="libcmocka-dev clang libclang-rt-14-dev lz4 python3-lmdb python3-numpy lmdb-utils sqlite3 fio ripgrep git libpython3.11-testsuite strace rsync procps util-linux iproute2 qemu-utils libnbd-bin python3-libnbd nbdkit xxd file"
+check="openssl libcmocka-dev clang libclang-rt-14-dev lz4 python3-lmdb python3-numpy lmdb-utils sqlite3 fio ripgrep git libpython3.11-testsuite strace rsync procps util-linux iproute2 qemu-utils libnbd-bin python3-libnbd nbdkit xxd file"
 bench="libssl-dev gnuplot-nox nbdkit libnbd-bin fuse3"
 vm="qemu-system-x86 busybox-static cpio kmod xz-utils e2fsprogs nbd-client"
 

@@ -81,6 +81,8 @@ int command_rm(const struct args *a);
 int command_recover(const struct args *a);
 int command_sync(const struct args *a);
 int command_watch(const struct args *a);
+int command_keygen(const struct args *a);
+int command_certs(const struct args *a);
 int command_stop(const struct args *a);
 int command_attach(const struct args *a);
 int command_detach(const struct args *a);

@@ -56,6 +56,86 @@ static int connect_within(int fd, const struct sockaddr *to, socklen_t len)
     return fcntl(fd, F_SETFL, 0) < 0 ? -errno : 0;
 }
 
+static int tls_failed_text(struct peer *p)
+{
+    return failed(p, -EACCES, "%s: TLS: %s", p->address, tls_why(p->tls));
+}
+
+static int tls_send(struct peer *p)
+{
+    const uint8_t *bytes;
+    for (size_t len; (len = tls_out(p->tls, &bytes));) {
+        ssize_t n = send(p->fd, bytes, len, MSG_NOSIGNAL);
+        if (n < 0 && errno != EINTR)
+            return failed(p, -errno, "the connection to %s is lost: %m", p->address);
+        if (n > 0)
+            tls_sent(p->tls, (size_t)n);
+    }
+    return 0;
+}
+
+static uint8_t cipher[64 << 10]; /* one peer at a time */
+
+/* Waits, reads once, and hands it over. */
+static int tls_receive(struct peer *p)
+{
+    struct pollfd q = {.fd = p->fd, .events = POLLIN};
+    int n;
+    while ((n = poll(&q, 1, PEER_SILENCE_MS)) < 0 && errno == EINTR)
+        ;
+    if (!n)
+        return failed(p, -ETIMEDOUT, "%s has been silent for %d s", p->address, PEER_SILENCE_MS / 1000);
+    ssize_t got = recv(p->fd, cipher, sizeof cipher, 0);
+    if (got < 0)
+        return errno == EINTR ? 0 : failed(p, -errno, "the connection to %s is lost: %m", p->address);
+    if (!got)
+        return failed(p, -ECONNRESET, "%s has closed the connection", p->address);
+    if (tls_feed(p->tls, cipher, (size_t)got)) {
+        (void)tls_send(p); /* why */
+        return tls_failed_text(p);
+    }
+    return tls_send(p);
+}
+
+ssize_t dial_tls_read(struct peer *p, uint8_t *to, size_t cap)
+{
+    ssize_t n = tls_take(p->tls, to, cap);
+    if (!n) {
+        int rc = tls_receive(p);
+        if (rc)
+            return rc;
+        n = tls_take(p->tls, to, cap);
+    }
+    return n < 0 ? tls_failed_text(p) : n;
+}
+
+int dial_tls_write(struct peer *p, const void *bytes, size_t len)
+{
+    return tls_put(p->tls, bytes, len) ? tls_failed_text(p) : tls_send(p);
+}
+
+int dial_tls_flush(struct peer *p)
+{
+    return tls_flush(p->tls) ? tls_failed_text(p) : tls_send(p);
+}
+
+/* Who is there has to be known before anything is said. */
+static int secure(struct peer *p, const struct addr *a)
+{
+    struct tls_config *config = tls_dial_config();
+    if (a->tls && !config)
+        return failed(p, -EACCES, "%s: TLS is asked for, but there is nothing to show: set MEMSYNC_CERT_DIR or MEMSYNC_PSK_FILE",
+                      p->address);
+    if (!config)
+        return 0;
+    if (!(p->tls = tls_new(config, a->host)))
+        return failed(p, -ENOMEM, "%s: TLS: no memory, or this is no name", p->address);
+    int rc = tls_feed(p->tls, NULL, 0) ? tls_failed_text(p) : tls_send(p);
+    while (!rc && !tls_ready(p->tls))
+        rc = tls_receive(p);
+    return rc;
+}
+
 static int dial_tcp(struct peer *p, const struct addr *a)
 {
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *all;
@@ -80,7 +160,7 @@ static int dial_tcp(struct peer *p, const struct addr *a)
     if (rc)
         return failed(p, rc, "%s cannot be reached: %s; is memsync-agent --listen running there?", p->address,
                       strerror(-rc));
-    return 0;
+    return secure(p, a);
 }
 
 static int dial_unix(struct peer *p, const char *path)

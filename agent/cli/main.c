@@ -2,6 +2,7 @@
 #include "agent/cli/cli.h"
 #include "agent/base/log.h"
 #include "agent/base/version.h"
+#include "agent/net/tls.h"
 
 #include <getopt.h>
 #include <stdio.h>
@@ -68,9 +69,23 @@ static const struct command commands[] = {
     {"detach", "DEVICE", "write back such a device, and let it go",
      "Also one that a killed agent has left. Refused while it is mounted, except with --force.\n", OPTION_FORCE, 1, 1,
      command_detach},
+    {"keygen", "FILE", "make a pre-shared key for TLS",
+     "FILE (MEMSYNC_PSK_FILE, memsync-agent --psk-file) is the same on both sides: IDENTITY:HEXKEY lines, mode 0600. "
+     "--name: the\n"
+     "identity, else memsync. Lines of several such files make one for a server with several peers; a client shows its "
+     "first.\n",
+     OPTION_NAME, 1, 1, command_keygen},
+    {"certs", "DIR [HOST...]", "make certificates for TLS: an authority, a server's, a client's",
+     "DIR (MEMSYNC_CERT_DIR, memsync-agent --cert-dir) gets ca-cert.pem, server-cert.pem, client-cert.pem and their "
+     "keys. HOST: names\n"
+     "and addresses at which clients dial the server; else this host's name, localhost, 127.0.0.1 and ::1. --name: whom "
+     "the client's\n"
+     "certificate is of, for grants; else client. What is there already is kept, so that more can be made under the "
+     "same authority.\n",
+     OPTION_NAME, 1, -1, command_certs},
 };
 
-static const char *const not_built[] = {"top", "promote", "migrate", "keygen", "certs"};
+static const char *const not_built[] = {"top", "promote", "migrate"};
 
 static void overview(FILE *to)
 {
@@ -253,6 +268,8 @@ static int dispatch(const char *name, int argc, char **argv)
 
 int main(int argc, char **argv)
 {
+    char error[TLS_ERROR];
+    struct tls_choice tls = {0};
     log_setup("memsync");
     if (argc < 2) {
         overview(stderr);
@@ -265,6 +282,11 @@ int main(int argc, char **argv)
     if (!strcmp(argv[1], "--version")) {
         puts("memsync " MEMSYNC_VERSION);
         return CLI_DONE;
+    }
+    bool local = !strcmp(argv[1], "keygen") || !strcmp(argv[1], "certs") || !strcmp(argv[1], "run");
+    if (!local && (tls_choose(&tls, error) || tls_dial_setup(&tls, error))) {
+        cli_command = argv[1];
+        return cli_fail(CLI_FAILED, "%s", error);
     }
     int code = dispatch(argv[1], argc - 1, argv + 1);
     if (fflush(stdout) || ferror(stdout))

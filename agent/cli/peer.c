@@ -34,6 +34,13 @@ static int fill(struct peer *p)
         p->in_end -= p->in_start;
         p->in_start = 0;
     }
+    if (p->tls) {
+        ssize_t more = dial_tls_read(p, p->in + p->in_end, sizeof p->in - p->in_end);
+        if (more < 0)
+            return p->dead = (int)more;
+        p->in_end += (size_t)more;
+        return 0;
+    }
     struct pollfd q = {.fd = p->fd, .events = POLLIN};
     int n;
     while ((n = poll(&q, 1, PEER_SILENCE_MS)) < 0 && errno == EINTR)
@@ -57,6 +64,8 @@ static int send_frame(struct peer *p, uint32_t stream, uint8_t type, const void 
         return p->dead;
     uint8_t header[FRAME_HEADER];
     frame_header_put(header, type, stream, stream ? p->order++ : 0, (uint32_t)len, frame_payload_hash(payload, len));
+    if (p->tls)
+        return p->dead = dial_tls_write(p, header, sizeof header) ?: dial_tls_write(p, payload, len) ?: dial_tls_flush(p);
     struct iovec iov[2] = {{header, sizeof header}, {(void *)payload, len}};
     struct msghdr m = {.msg_iov = iov, .msg_iovlen = 2};
     while (iov[0].iov_len + iov[1].iov_len) {
@@ -237,6 +246,11 @@ void peer_close(struct peer *p)
 {
     if (!p)
         return;
+    if (p->tls && p->fd >= 0 && !p->dead) {
+        tls_bye(p->tls);
+        dial_tls_flush(p);
+    }
+    tls_free(p->tls);
     if (p->fd >= 0)
         close(p->fd);
     dial_end(p);

@@ -10,6 +10,7 @@
 #ifndef CLI_PEER_H
 #define CLI_PEER_H
 
+#include "agent/net/tls.h"
 #include "wire/frame.h"
 
 #include <sys/types.h>
@@ -29,6 +30,7 @@ struct peer {
     uint32_t owed;                   /* window bytes not yet given back */
     uint32_t order;                  /* of the next frame on the one stream */
     size_t in_start, in_end, handed; /* handed: length of the frame handed out last */
+    struct tls *tls; /* NULL: frames go as they are */
     pid_t child;
     char temporary[64]; /* its directory */
     uint8_t in[PEER_IN];

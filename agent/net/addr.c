@@ -26,6 +26,10 @@ int addr_parse(struct addr *a, const char *text)
         memcpy(a->path, text + 5, n + 1);
         return 0;
     }
+    if (!strncmp(text, "tls:", 4)) {
+        a->tls = true;
+        text += 4;
+    }
     const char *colon = strrchr(text, ':');
     if (!colon || !port_good(colon + 1))
         return -EINVAL;

@@ -1,4 +1,4 @@
-/* Addresses as users type them: "HOST:PORT", "[V6]:PORT", "unix:PATH". Pure, but for addr_unix, which may open a
+/* Addresses as users type them: "HOST:PORT", "[V6]:PORT", either after "tls:", "unix:PATH". Pure, but for addr_unix, which may open a
  * directory. */
 #ifndef NET_ADDR_H
 #define NET_ADDR_H
@@ -11,7 +11,7 @@
 #define ADDR_TEXT 4200u
 
 struct addr {
-    bool is_unix;
+    bool is_unix, tls; /* tls: never without */
     char host[256], port[6];
     char path[4096];
 };

@@ -20,6 +20,7 @@ static void last_handle(struct conn *c)
     conn_out_free(c);
     c->ops->closed(c->owner, c->err, c->why);
     free(c->path);
+    free(c->tls_host);
     free(c);
 }
 
@@ -221,11 +222,13 @@ static struct conn *conn_new(uv_loop_t *loop, const struct frame_hello *self, co
     return c;
 }
 
-struct conn *conn_take(uv_stream_t *stream, const struct frame_hello *self, const struct conn_ops *ops, void *owner)
+struct conn *conn_take_tls(uv_stream_t *stream, struct tls_config *tls, const struct frame_hello *self,
+                           const struct conn_ops *ops, void *owner)
 {
     struct conn *c = conn_new(stream->loop, self, ops, owner);
     if (!c)
         return NULL;
+    c->tls = tls;
     if (ops->join)
         id_new(&c->self.token);
     struct sockaddr_storage sa;
@@ -240,6 +243,11 @@ struct conn *conn_take(uv_stream_t *stream, const struct frame_hello *self, cons
     uv_timer_start(&c->timer, conn_on_timer, CONN_HELLO_MS, 0);
     sock_begin(c->socks[0]);
     return c;
+}
+
+struct conn *conn_take(uv_stream_t *stream, const struct frame_hello *self, const struct conn_ops *ops, void *owner)
+{
+    return conn_take_tls(stream, NULL, self, ops, owner);
 }
 
 static void on_connected(uv_connect_t *req, int status)
@@ -316,6 +324,18 @@ struct conn *conn_dial(uv_loop_t *loop, const char *addr, const struct frame_hel
             conn_fault(c, rc, 0, "cannot connect to %s: %s", c->peer, uv_strerror(rc));
         return c;
     }
+    c->tls = tls_dial_config();
+    if (a.tls && !c->tls) {
+        conn_fault(c, -EACCES, 0,
+                   "%s: TLS is asked for, but this process has nothing to show: MEMSYNC_CERT_DIR or MEMSYNC_PSK_FILE was "
+                   "not set when it started",
+                   addr);
+        return c;
+    }
+    if (c->tls && !(c->tls_host = strdup(a.host))) {
+        conn_fault(c, -ENOMEM, 0, "no memory for %s", addr);
+        return c;
+    }
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM};
     c->resolve.data = c;
     int rc = uv_getaddrinfo(loop, &c->resolve, on_resolved, a.host, a.port, &hints);
@@ -342,6 +362,11 @@ unsigned conn_sockets(const struct conn *c)
     for (unsigned i = 0; i < CONN_SOCKETS; i++)
         n += c->socks[i] && c->socks[i]->state == SOCK_OPEN;
     return n;
+}
+
+const char *conn_identity(const struct conn *c)
+{
+    return c->socks[0] && c->socks[0]->tls ? tls_peer(c->socks[0]->tls) : NULL;
 }
 
 const char *conn_peer(const struct conn *c)

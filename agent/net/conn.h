@@ -47,6 +47,7 @@ static inline uint32_t conn_window(uint8_t type, const uint8_t *payload, uint32_
 }
 
 struct conn;
+struct tls_config;
 
 struct conn_ops {
     void (*open)(void *owner, const struct frame_hello *peer);
@@ -63,12 +64,17 @@ struct conn_ops {
 };
 #define CONN_LOW (1u << 20)
 
-/* addr is "HOST:PORT" ([v6]:PORT too) or "unix:PATH". NULL only without memory: whatever else fails is told by
+/* addr is "HOST:PORT" ([v6]:PORT too), with "tls:" before it or not, or "unix:PATH". A host is dialled with TLS when
+ * tls_dial_config() is set, and with "tls:" never without. NULL only without memory: whatever else fails is told by
  * `closed`. */
 struct conn *conn_dial(uv_loop_t *loop, const char *addr, const struct frame_hello *self, const struct conn_ops *ops,
                        void *owner);
 /* Takes over an accepted stream handle (uv_tcp_t or uv_pipe_t, heap-allocated, freed by conn). Both sides greet. */
 struct conn *conn_take(uv_stream_t *stream, const struct frame_hello *self, const struct conn_ops *ops, void *owner);
+
+/* The same over TLS: nothing is said or listened to before the peer is known. */
+struct conn *conn_take_tls(uv_stream_t *stream, struct tls_config *tls, const struct frame_hello *self,
+                           const struct conn_ops *ops, void *owner);
 
 /* Queues a frame: the payload's reference is taken over (NULL payload: none). Never fails visibly: on a closing
  * connection the frame is dropped. */
@@ -86,6 +92,7 @@ void conn_forget(struct conn *c, uint32_t stream); /* sends CLOSE, drops the que
 void conn_close(struct conn *c, bool flush, uint16_t code, const char *text);
 void conn_set_silence(struct conn *c, unsigned ms); /* instead of CONN_SILENCE_MS; tests are in a hurry */
 const char *conn_peer(const struct conn *c);        /* "host:port", "unix:..." for messages */
+const char *conn_identity(const struct conn *c);    /* whom TLS proved the peer to be; NULL: without TLS */
 bool conn_has_token(const struct conn *c,
                     const struct id *token); /* the one our HELLO told; takes equally long for any */
 unsigned conn_sockets(const struct conn *c); /* open ones */

@@ -276,6 +276,11 @@ bool conn_step(struct sock *k)
     struct conn *c = k->conn;
     struct frame_header h;
     int64_t n = frame_step(k->in + k->in_start, k->in_end - k->in_start, &h);
+    if (n < 0 && c->state == CONN_GREETING && !k->tls && k->in[k->in_start] == 0x16) {
+        conn_fault(c, -EPROTO, FRAME_E_PROTOCOL, "%s speaks TLS, and this end does not: has it certificates or keys?",
+                   c->peer);
+        return false;
+    }
     if (n < 0) {
         conn_fault(c, (int)n, FRAME_E_PROTOCOL, "%s sent %s", c->peer,
                    n == -EBADMSG ? "a frame with a wrong checksum" : "what is not a frame of the memsync protocol");

@@ -1,5 +1,5 @@
 /* What the files of a connection share: conn.c (life), conn_socket.c (its sockets), conn_in.c (frames that come),
- * conn_out.c (queues of frames to go), conn_pump.c (sending), conn_grow.c (how many sockets). Not for owners.
+ * conn_out.c (queues of frames to go), conn_pump.c (sending), conn_grow.c (how many sockets), conn_tls.c (encryption). Not for owners.
  *
  * A connection is a bundle of sockets. Socket 0 is there from the beginning, and carries HELLO, stream 0 and all of the
  * urgent and normal streams; further ones, dialled by the client when a stream is first set to CONN_BULK and JOINed to
@@ -24,6 +24,7 @@
 
 #include "agent/net/conn.h"
 #include "agent/net/tcp_path.h"
+#include "agent/net/tls.h"
 
 #include <sys/queue.h>
 
@@ -32,6 +33,7 @@
 #define CONN_CREDIT_STEP (FRAME_WINDOW / 16)
 #define CONN_HELLO_MS 5000u
 #define CONN_LEAVE_MS 1000u
+#define SOCK_IN_CAP (512u << 10)
 #define CONN_ROUND 0x100000000u /* + its number: the token of a round's PINGs; below: those that ask who is alive */
 
 enum conn_state {
@@ -107,6 +109,9 @@ struct sock {
     size_t part_at;
     bool shut, ended;                    /* our end; the peer's */
     bool awaited;                        /* its PONG of the round */
+    struct tls *tls;                     /* conn_tls.c; NULL: frames go as they are */
+    bool greeted;                        /* likewise: the first frame is out */
+    uint8_t *sealed;                     /* records that are with the kernel, by uv_write */
     struct tcp_path path; /* conn_grow.c: as it was at the last look */
 };
 
@@ -127,6 +132,8 @@ struct conn {
     uv_getaddrinfo_t resolve;
     int dial_err;
     char *path;                      /* dialled: unix path */
+    struct tls_config *tls;          /* of its TCP sockets; NULL: none */
+    char *tls_host;                  /* dialled: whose certificate it is to be */
     struct sockaddr_storage dialled; /* or the address that answered; AF_UNSPEC: none */
     struct id identity, token;       /* the peer's; a client's further sockets join by the token */
 
@@ -188,6 +195,8 @@ void sock_close(struct sock *k);                       /* freed when libuv is do
 void sock_stream_close(struct sock *k);                /* only the stream, for another to be tried */
 bool sock_stream_new(struct sock *k, bool tcp);
 int sock_dial_unix(struct sock *k, const char *path, uv_connect_cb done);
+void sock_room(struct sock *k);  /* makes some in k->in, when it is short */
+void sock_greet(struct sock *k); /* the first frame */
 void sock_begin(struct sock *k); /* connected: options are set, reading starts, the first frame goes */
 void sock_failed(struct sock *k, int err);
 /* A server's accepted socket turns out to be one of another connection's: moves there. */
@@ -215,6 +224,17 @@ void out_queue_free(struct out_queue *q);
 /* conn_pump.c */
 void conn_kick(struct conn *c); /* there may be something to send */
 void conn_round_pong(struct sock *k, uint64_t token);
+#define CONN_BATCH 64
+struct out *conn_next_out(struct sock *k); /* taken off its queue; NULL: nothing may go on this socket */
+unsigned conn_pieces(const struct out *o, size_t at, uv_buf_t *to); /* what of it is beyond byte `at`: 0 to 2 */
+void conn_write_failed(struct sock *k, int err);
+
+/* conn_tls.c: a socket's records between its frames and the kernel. */
+void conn_tls_begin(struct sock *k); /* greets when the peer is known */
+void conn_tls_in(struct sock *k, const uint8_t *bytes, size_t len); /* what came: turned into k->in, and stepped */
+uint8_t *conn_tls_room(size_t *cap);                                /* where to read to, until conn_tls_in */
+bool conn_tls_pump(struct sock *k, uint32_t *streams, unsigned *n); /* a batch; true: more may go at once */
+void conn_tls_bye(struct sock *k);                                  /* the last of it, before its end is shut */
 
 /* conn_grow.c */
 void conn_grow(struct conn *c); /* opens a further socket, if that is possible and there is none on its way */

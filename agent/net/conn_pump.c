@@ -5,8 +5,6 @@
 #include <errno.h>
 #include <stdlib.h>
 
-#define BATCH 64
-
 static bool bulk_apart(const struct conn *c)
 {
     for (unsigned i = 1; i < CONN_SOCKETS; i++)
@@ -48,7 +46,7 @@ static struct out *next_control(struct sock *k)
     return o;
 }
 
-static struct out *next_out(struct sock *k)
+struct out *conn_next_out(struct sock *k)
 {
     struct conn *c = k->conn;
     struct out *o = next_control(k);
@@ -91,7 +89,7 @@ static void put_back(struct sock *k, struct out *o)
 }
 
 /* What of frame o is beyond byte `at`, as one or two pieces. */
-static unsigned pieces(const struct out *o, size_t at, uv_buf_t *to)
+unsigned conn_pieces(const struct out *o, size_t at, uv_buf_t *to)
 {
     unsigned n = 0;
     if (at < FRAME_HEADER)
@@ -116,7 +114,7 @@ static void tell_drained(struct conn *c, const uint32_t *streams, unsigned count
 
 /* A peer that says ERROR and hangs up makes our next write fail before we have read why: so reading goes on, and ends
  * the connection when there is no more to read. */
-static void write_failed(struct sock *k, int err)
+void conn_write_failed(struct sock *k, int err)
 {
     struct conn *c = k->conn;
     if (k->index && (k->state != SOCK_OPEN || c->control_only)) {
@@ -145,7 +143,7 @@ static void on_written(uv_write_t *req, int status)
     if (c->state == CONN_CLOSED || c->socks[k->index] != k)
         return;
     if (status < 0) {
-        write_failed(k, status);
+        conn_write_failed(k, status);
         return;
     }
     if (k->index && stream)
@@ -158,16 +156,16 @@ static void on_written(uv_write_t *req, int status)
 static void write_part(struct sock *k)
 {
     if (!k->part) {
-        k->part = next_out(k);
+        k->part = conn_next_out(k);
         k->part_at = 0;
     }
     uv_buf_t bufs[2];
-    unsigned n = pieces(k->part, k->part_at, bufs);
+    unsigned n = conn_pieces(k->part, k->part_at, bufs);
     int rc = uv_write(&k->write, k->stream, bufs, n, on_written);
     if (rc < 0) {
         out_free(k->part);
         k->part = NULL;
-        write_failed(k, rc);
+        conn_write_failed(k, rc);
     }
 }
 
@@ -195,19 +193,27 @@ static bool settle(struct sock *k, struct out **batch, unsigned n, size_t writte
 static bool pump_sock(struct sock *k)
 {
     struct conn *c = k->conn;
-    if (k->state == SOCK_DIALLING || k->part || k->shut)
+    if (k->state == SOCK_DIALLING || k->part || k->sealed || k->shut)
         return false;
-    struct out *batch[BATCH];
-    uint32_t streams[BATCH];
-    uv_buf_t bufs[BATCH * 2];
+    uint32_t streams[CONN_BATCH];
+    if (k->tls) {
+        unsigned sealed = 0;
+        bool more = conn_tls_pump(k, streams, &sealed);
+        if (k->index && !TAILQ_EMPTY(&c->ready[CONN_BULK]))
+            conn_grow_look(c);
+        tell_drained(c, streams, sealed);
+        return more;
+    }
+    struct out *batch[CONN_BATCH];
+    uv_buf_t bufs[CONN_BATCH * 2];
     unsigned n = 0, pieces_n = 0;
-    for (size_t bytes = 0; n < BATCH && bytes < k->ahead; n++) {
-        struct out *o = next_out(k);
+    for (size_t bytes = 0; n < CONN_BATCH && bytes < k->ahead; n++) {
+        struct out *o = conn_next_out(k);
         if (!o)
             break;
         batch[n] = o;
         streams[n] = o->stream;
-        pieces_n += pieces(o, 0, bufs + pieces_n);
+        pieces_n += conn_pieces(o, 0, bufs + pieces_n);
         bytes += out_size(o);
     }
     if (!n)
@@ -215,7 +221,7 @@ static bool pump_sock(struct sock *k)
     int rc = uv_try_write(k->stream, bufs, pieces_n);
     bool all = settle(k, batch, n, rc > 0 ? (size_t)rc : 0);
     if (rc < 0 && rc != UV_EAGAIN) {
-        write_failed(k, rc);
+        conn_write_failed(k, rc);
         return false;
     }
     if (!all)
@@ -269,12 +275,14 @@ static void leave_when_empty(struct conn *c)
     if (c->state != CONN_LEAVING || (c->queued && !c->control_only)) /* a window is closed: the peer may yet open it */
         return;
     for (unsigned i = 0; i < CONN_SOCKETS; i++)
-        if (c->socks[i] && (c->socks[i]->part || c->socks[i]->control_queued) && !c->control_only)
+        if (c->socks[i] && (c->socks[i]->part || c->socks[i]->sealed || c->socks[i]->control_queued) && !c->control_only)
             return;
     for (unsigned i = 0; i < CONN_SOCKETS && c->state != CONN_CLOSED; i++) {
         struct sock *k = c->socks[i];
         if (!k || k->shut || k->control_queued)
             continue;
+        if (k->tls)
+            conn_tls_bye(k);
         k->shut = true;
         int rc = uv_shutdown(&k->shutdown, k->stream, on_shut);
         if (rc < 0)

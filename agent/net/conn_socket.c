@@ -20,7 +20,7 @@
 #define RANK_BULK 2              /* socket(7), SO_PRIORITY, tc-prio(8): in the queue of our own network card */
 #define RANK_URGENT 6
 #define AHEAD_BULK (128u << 10)
-#define IN_CAP (512u << 10)
+#define IN_CAP SOCK_IN_CAP
 #define IN_ROOM (128u << 10) /* less than this at the buffer's end: what is left of it moves to the front */
 #define IN_TURN (256u << 10)
 
@@ -44,6 +44,8 @@ static void sock_free(struct sock *k)
     out_queue_free(&k->control);
     if (k->part)
         out_free(k->part);
+    tls_free(k->tls);
+    free(k->sealed);
     free(k->in);
     free(k);
 }
@@ -178,6 +180,10 @@ static void on_eof(struct sock *k)
         sock_failed(k, -ECONNRESET);
         return;
     }
+    if (k->tls && k->state == SOCK_OPEN && !tls_ended(k->tls)) { /* anybody on the path can shut a socket */
+        sock_failed(k, -ECONNRESET);
+        return;
+    }
     k->ended = true;
     if (!all_ended(c)) {
         if (!c->ending && !c->mute)
@@ -194,10 +200,8 @@ static void on_eof(struct sock *k)
     }
 }
 
-static void on_alloc(uv_handle_t *h, size_t suggested, uv_buf_t *to)
+void sock_room(struct sock *k)
 {
-    struct sock *k = h->data;
-    (void)suggested;
     if (k->in_start == k->in_end) {
         k->in_start = k->in_end = 0;
     } else if (IN_CAP - k->in_end < IN_ROOM) {
@@ -205,7 +209,20 @@ static void on_alloc(uv_handle_t *h, size_t suggested, uv_buf_t *to)
         k->in_end -= k->in_start;
         k->in_start = 0;
     }
+}
+
+static void on_alloc(uv_handle_t *h, size_t suggested, uv_buf_t *to)
+{
+    struct sock *k = h->data;
+    (void)suggested;
+    sock_room(k);
     /* No room ends this socket's turn: libuv would go on for as long as there is something to read. */
+    if (k->tls && k->in_turn < IN_TURN) {
+        size_t cap;
+        uint8_t *room = conn_tls_room(&cap);
+        *to = uv_buf_init((char *)room, (unsigned)cap);
+        return;
+    }
     *to = k->in_turn < IN_TURN ? uv_buf_init((char *)k->in + k->in_end, (unsigned)(IN_CAP - k->in_end))
                                : uv_buf_init(NULL, 0);
 }
@@ -213,7 +230,6 @@ static void on_alloc(uv_handle_t *h, size_t suggested, uv_buf_t *to)
 static void on_read(uv_stream_t *stream, ssize_t n, const uv_buf_t *buf)
 {
     struct sock *k = stream->data;
-    (void)buf;
     if (n == UV_ENOBUFS)
         k->in_turn = 0;
     if (k->conn->state == CONN_CLOSED || !n || n == UV_ENOBUFS)
@@ -228,8 +244,12 @@ static void on_read(uv_stream_t *stream, ssize_t n, const uv_buf_t *buf)
     }
     k->heard = true;
     k->conn->bytes_in += (uint64_t)n;
-    k->in_end += (size_t)n;
     k->in_turn += (size_t)n;
+    if (k->tls) {
+        conn_tls_in(k, (const uint8_t *)buf->base, (size_t)n);
+        return;
+    }
+    k->in_end += (size_t)n;
     while (!conn_deaf(k->conn) && conn_step(k)) /* a JOIN moves it to another connection */
         ;
     if (conn_deaf(k->conn))
@@ -239,7 +259,6 @@ static void on_read(uv_stream_t *stream, ssize_t n, const uv_buf_t *buf)
 void sock_begin(struct sock *k)
 {
     struct conn *c = k->conn;
-    uint8_t payload[512];
     if (k->stream->data != k) { /* an accepted one */
         k->stream->data = k;
         c->handles++;
@@ -251,7 +270,17 @@ void sock_begin(struct sock *k)
         conn_fault(c, rc, 0, "%s: %s", c->peer, uv_strerror(rc));
     else if (rc < 0)
         sock_failed(k, rc);
-    else if (!k->index)
+    else if (c->tls)
+        conn_tls_begin(k);
+    else
+        sock_greet(k);
+}
+
+void sock_greet(struct sock *k)
+{
+    struct conn *c = k->conn;
+    uint8_t payload[512];
+    if (!k->index)
         conn_control(k, FRAME_HELLO, payload, frame_hello_put(payload, sizeof payload, &c->self));
     else
         conn_control(k, FRAME_JOIN, c->token.b, sizeof c->token.b);
@@ -263,6 +292,9 @@ int sock_join(struct sock *k, struct conn *to)
     unsigned i = 1;
     if (to->state != CONN_OPEN || to->ending || to->mute)
         return -ENOENT;
+    const char *who = conn_identity(from), *whose = conn_identity(to);
+    if (!who != !whose || (who && strcmp(who, whose)))
+        return -ENOENT; /* a token that another's connection was told */
     while (i < CONN_SOCKETS && to->socks[i])
         i++;
     if (i == CONN_SOCKETS)

@@ -39,6 +39,12 @@ struct server *server_new(uv_loop_t *loop, struct store *store, const struct id 
     return s;
 }
 
+void server_secure(struct server *s, struct tls_config *tls, struct grants *grants)
+{
+    s->tls = tls;
+    s->grants = grants;
+}
+
 static void on_refused_closed(uv_handle_t *h)
 {
     free(h);

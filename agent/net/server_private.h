@@ -8,6 +8,7 @@
 #define NET_SERVER_PRIVATE_H
 
 #include "agent/net/conn.h"
+#include "agent/net/grants.h"
 #include "agent/net/listen.h"
 #include "agent/net/server.h"
 
@@ -122,6 +123,8 @@ struct session {
     struct server *server;
     struct conn *conn;
     bool open, leaving;
+    bool local;      /* by a unix socket: this user, or root */
+    bool told;       /* that it was refused something, in the log */
     struct frame_hello peer;
     struct handle_list *by_id, *by_name; /* SESSION_BUCKETS each */
     unsigned handles;
@@ -140,6 +143,8 @@ TAILQ_HEAD(session_list, session);
 struct server {
     uv_loop_t *loop;
     struct store *store;
+    struct tls_config *tls;
+    struct grants *grants;
     struct frame_hello self;
     struct listeners listeners;
     struct session_list sessions;
@@ -166,6 +171,10 @@ void session_reply(struct session *s, uint32_t stream, uint8_t type, const void 
 void session_failed(struct session *s, uint32_t stream, uint64_t seq, uint16_t code, const char *text);
 void session_end(struct session *s, int err, const char *why); /* this peer is better off without a connection */
 void session_violated(struct session *s, const char *what); /* malformed or out of order: the connection ends */
+
+/* NULL, or why the peer may not do that with the region; logged the first time. */
+const char *session_denied(struct session *s, const char *name, unsigned right);
+bool session_may(const struct session *s, const char *name, unsigned right);
 
 /* session_epoch.c */
 void session_epoch_frame(struct session *s, uint32_t stream, uint8_t type, struct buf *payload);

@@ -46,6 +46,26 @@ void session_end(struct session *s, int err, const char *why)
     conn_close(s->conn, false, frame_code_from(err), why);
 }
 
+bool session_may(const struct session *s, const char *name, unsigned right)
+{
+    return s->local || !s->server->grants || grants_of(s->server->grants, conn_identity(s->conn), name) & right;
+}
+
+const char *session_denied(struct session *s, const char *name, unsigned right)
+{
+    if (session_may(s, name, right))
+        return NULL;
+    const char *who = conn_identity(s->conn);
+    if (!s->told)
+        log_warn("%s (%s) is refused to %s %s: not granted to %s", conn_peer(s->conn), s->peer.host,
+                 right == GRANT_READ ? "read" : right == GRANT_WRITE ? "write" : "administer", name,
+                 who ? who : "one without an identity");
+    s->told = true;
+    return right == GRANT_READ    ? "the server's grants do not let this peer read the region"
+           : right == GRANT_WRITE ? "the server's grants do not let this peer write the region"
+                                  : "the server's grants do not let this peer administer the region";
+}
+
 /* Handles */
 
 static struct handle_list *id_bucket(struct session *s, uint32_t id)
@@ -181,7 +201,11 @@ static void on_attach(struct session *s, uint32_t stream, const struct buf *p)
     a->write = f.write;
     struct store_attach ask = {.name = a->name, .host = s->peer.host, .identity = &a->identity, .write = f.write};
     struct frame_attached to = {0};
-    if (store_attach(s->server->store, &ask, &to, on_attached, a) == -EINPROGRESS) {
+    const char *denied = session_denied(s, a->name, f.write ? GRANT_WRITE : GRANT_READ);
+    if (denied) {
+        to.status = FRAME_ATTACH_BAD;
+        snprintf(to.holder, sizeof to.holder, "%s", denied);
+    } else if (store_attach(s->server->store, &ask, &to, on_attached, a) == -EINPROGRESS) {
         TAILQ_INSERT_TAIL(&s->attaching, a, link);
         s->attaching_n++;
         return;
@@ -230,7 +254,8 @@ static void on_open(void *owner, const struct frame_hello *peer)
         return;
     }
     s->open = true;
-    log_info("%s (%s) connected", conn_peer(s->conn), s->peer.host);
+    const char *who = conn_identity(s->conn);
+    log_info("%s (%s) connected%s%s", conn_peer(s->conn), s->peer.host, who ? ", proven to be " : "", who ? who : "");
 }
 
 static void on_frame(void *owner, uint32_t stream, uint8_t type, struct buf *p)
@@ -346,7 +371,8 @@ int session_new(struct server *server, uv_stream_t *stream)
     TAILQ_INIT(&s->requests);
     TAILQ_INIT(&s->bulk);
     TAILQ_INIT(&s->attaching);
-    s->conn = conn_take(stream, &server->self, &ops, s);
+    s->local = stream->type != UV_TCP;
+    s->conn = conn_take_tls(stream, s->local ? NULL : server->tls, &server->self, &ops, s);
     if (!s->conn) {
         session_free(s);
         return -ENOMEM;

@@ -12,7 +12,7 @@ static const char *name_of(void *arg, uint32_t handle)
 {
     struct session *s = arg;
     struct handle *h = session_handle(s, handle);
-    return h ? h->name : NULL;
+    return h && !session_denied(s, h->name, GRANT_WRITE) ? h->name : NULL; /* a lease is of who HELLO claims to be */
 }
 
 static void credit(struct epoch *e, size_t bytes)

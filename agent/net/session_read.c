@@ -74,7 +74,7 @@ static void list_entry(void *arg, const struct frame_entry *e)
 {
     const struct request *r = arg;
     uint8_t payload[sizeof *e + 64];
-    if (r->session)
+    if (r->session && session_may(r->session, e->name, GRANT_READ))
         session_reply(r->session, r->stream, FRAME_ENTRY, payload,
                       frame_entry_put(payload, sizeof payload, r->number, e));
 }
@@ -154,6 +154,11 @@ static void request_pin(struct session *s, uint32_t stream, const struct buf *pa
     struct store_pin *pin = NULL;
     if (frame_pin_get(payload->data, payload->len, &f) < 0) {
         session_violated(s, "a PIN out of form");
+        return;
+    }
+    const char *denied = name_fault(f.name) ? NULL : session_denied(s, f.name, GRANT_READ);
+    if (denied) {
+        session_refuse(s, stream, f.request, -EACCES, denied);
         return;
     }
     struct request *r = session_request_new(s, stream, f.request, NULL);
@@ -283,6 +288,11 @@ static void request_remove(struct session *s, uint32_t stream, uint32_t number, 
 {
     if (name_fault(name)) {
         session_refuse(s, stream, number, -EINVAL, name_fault(name));
+        return;
+    }
+    const char *denied = session_denied(s, name, GRANT_ADMIN);
+    if (denied) {
+        session_refuse(s, stream, number, -EACCES, denied);
         return;
     }
     struct request *r = session_request_new(s, stream, number, NULL);

@@ -19,7 +19,7 @@ says() {
 says 0 -- --version
 grep -q '^memsync-agent [0-9]' "$T/out" || fail "--version prints $(cat "$T/out")"
 says 0 -- --help
-for option in listen store socket linger state insecure; do
+for option in listen store socket linger state insecure tls cert-dir psk-file grants; do
     grep -q -- "--$option" "$T/out" || fail "--help does not tell of --$option"
 done
 says 2 'nothing to do' --
@@ -39,8 +39,8 @@ done
 says 2 --store -- --nbd 127.0.0.1:0
 says 2 nonsense HOST:PORT -- --nbd nonsense --store mem:
 says 3 'no TLS is built' --nbd --insecure -- --nbd 0.0.0.0:0 --store mem:
-says 3 'no TLS is built' 0.0.0.0:0 --insecure -- --listen 0.0.0.0:0 --store mem:
-says 3 'no TLS is built' -- --listen '[::]:0' --store mem:
+says 3 'without TLS' 0.0.0.0:0 --psk-file --insecure -- --listen 0.0.0.0:0 --store mem:
+says 3 'without TLS' -- --listen '[::]:0' --store mem:
 says 3 /proc/x --state -- --listen 127.0.0.1:0 --store mem: --state /proc/x
 says 3 /dev/null/x -- --listen 127.0.0.1:0 --store file:/dev/null/x
 

@@ -422,7 +422,7 @@ file_store) # served by nobody: an agent is started for as long as the command t
     same "$W/data" "$T/shelf/$region"
     ;;
 not_built)
-    for command in top promote migrate keygen certs; do
+    for command in top promote migrate; do
         gives 3 $command
         says "^memsync $command: not built"
         gives 3 $command some words
@@ -449,7 +449,7 @@ help)
     gives 0 --version
     shows '^memsync [0-9]'
     commands=$(sed -n 's/^  \([a-z]*\) .*/\1/p' <<<"$overview")
-    [ "$(wc -w <<<"$commands")" = 14 ] || fail "commands: $commands"
+    [ "$(wc -w <<<"$commands")" = 16 ] || fail "commands: $commands"
     for command in $commands; do
         gives 0 "$command" --help
         shows "^usage: memsync $command"
