@@ -405,17 +405,36 @@ void client_release(uint32_t number)
     client_send(client_buffer, control_release_put(client_buffer, sizeof client_buffer, &m), NULL, 0);
 }
 
+/* Once a connection: what the agent needs for soft-dirty bits. Without it the agent says that it compares by hash. */
+static void client_soft(void)
+{
+    static uint32_t sent;
+    if (sent == client_generation)
+        return;
+    int fds[2] = {raw_openat(AT_FDCWD, "/proc/self/clear_refs", O_WRONLY | O_CLOEXEC, 0),
+                  raw_openat(AT_FDCWD, "/proc/self/stat", O_RDONLY | O_CLOEXEC, 0)};
+    if (fds[0] >= 0 && fds[1] >= 0 &&
+        !client_send(client_buffer, control_empty_put(client_buffer, sizeof client_buffer, CONTROL_SOFTDIRTY), fds, 2))
+        sent = client_generation;
+    for (int i = 0; i < 2; i++)
+        if (fds[i] >= 0)
+            raw_close(fds[i]);
+}
+
 void client_map(const struct range *r, bool dirty)
 {
     bool events = files_region(r->region)->strategy == RULE_INOTIFY;
     struct control_map m = {.region = r->region,
-                            .tracker = r->state == RANGE_UFFD ? CONTROL_TRACK_UFFD
+                            .tracker = r->state == RANGE_UFFD   ? CONTROL_TRACK_UFFD
+                                       : r->state == RANGE_SOFT ? CONTROL_TRACK_SOFTDIRTY
                                        : events               ? CONTROL_TRACK_INOTIFY
                                                               : CONTROL_TRACK_HASH,
                             .dirty = dirty,
                             .addr = r->start,
                             .len = r->end - r->start,
                             .offset = r->offset};
+    if (r->state == RANGE_SOFT)
+        client_soft();
     client_send(client_buffer, control_map_put(client_buffer, sizeof client_buffer, &m), NULL, 0);
 }
 

@@ -173,16 +173,24 @@ static void track(struct range *r)
         r->state = RANGE_HASHED;
         return;
     }
-    if (!arm_range(r->start, r->end - r->start)) {
+    if (g->strategy != RULE_SOFTDIRTY && !arm_range(r->start, r->end - r->start)) {
         r->state = RANGE_UFFD;
         return;
     }
+    if (g->strategy != RULE_UFFD && !arm_soft()) {
+        r->state = RANGE_SOFT;
+        return;
+    }
     r->state = RANGE_HASHED;
-    if (g->strategy == RULE_UFFD)
+    if (g->strategy == RULE_SOFTDIRTY)
+        say_once(SAY_WARN,
+                 "%s: strategy softdirty is asked for but not possible here: %s; stores are found by hashing", g->path,
+                 arm_soft_reason());
+    else if (g->strategy == RULE_UFFD)
         say_once(SAY_WARN, "%s: strategy uffd is asked for but not possible here: %s; stores are found by hashing",
                  g->path, arm_reason());
     else
-        say_once(SAY_INFO, "%s: stores are found by hashing: %s", g->path, arm_reason());
+        say_once(SAY_INFO, "%s: stores are found by hashing: %s; %s", g->path, arm_reason(), arm_soft_reason());
 }
 
 static void add(const struct range *r)
@@ -206,6 +214,7 @@ static void enter(struct range *r, bool writable)
         say(SAY_INFO, "%s: %l bytes mapped for writing, tracked by %s", files_region(r->region)->path,
             r->end - r->start,
             r->state == RANGE_UFFD                              ? "page-table bits (uffd)"
+            : r->state == RANGE_SOFT                            ? "page-table bits (softdirty)"
             : files_region(r->region)->strategy == RULE_INOTIFY ? "hashing at sync points"
                                                                 : "hashing");
     }
@@ -582,8 +591,8 @@ static void inherit(uint64_t start, uint64_t end, bool dontfork)
     shim_unlock(&h);
 }
 
-/* MADV_REMOVE punches a hole into the file. */
-static void mark_hole(uint64_t start, uint64_t end)
+/* MADV_REMOVE punches a hole into the file. Others take pages out of the page table, and their soft-dirty bits with them. */
+static void mark_range(uint64_t start, uint64_t end, bool soft)
 {
     for (uint64_t at = start; at < end;) {
         struct held h = shim_lock();
@@ -592,27 +601,37 @@ static void mark_hole(uint64_t start, uint64_t end)
         if (!r)
             return;
         uint64_t lo = found.start > at ? found.start : at, hi = found.end < end ? found.end : end;
-        files_mark(found.region, found.offset + (lo - found.start), hi - lo);
+        if (!soft || found.state == RANGE_SOFT)
+            files_mark(found.region, found.offset + (lo - found.start), hi - lo);
         at = hi;
     }
 }
+
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24
+#endif
 
 SHIM_EXPORT int madvise(void *at, size_t len, int advice)
 {
     uint64_t start = (uint64_t)(uintptr_t)at, end = start + pages(len);
     bool hint = advice == MADV_NORMAL || advice == MADV_RANDOM || advice == MADV_SEQUENTIAL || advice == MADV_WILLNEED;
+    bool zaps = advice == MADV_REMOVE || advice == MADV_DONTNEED || advice == MADV_DONTNEED_LOCKED ||
+                advice == MADV_PAGEOUT || advice == MADV_COLLAPSE;
     bool ours =
-        (hint || advice == MADV_REMOVE || advice == MADV_DONTFORK || advice == MADV_DOFORK) && touched(at, len);
+        (hint || zaps || advice == MADV_DONTFORK || advice == MADV_DOFORK) && touched(at, len);
     if (ours && advice == MADV_REMOVE && view_shows(start, end)) {
         errno = view_mirrored(start, end) ? EOPNOTSUPP : EACCES;
         return -1;
     }
-    if (ours && advice == MADV_REMOVE)
-        mark_hole(start, end);
+    if (ours && zaps)
+        mark_range(start, end, advice != MADV_REMOVE);
     int rc = (int)syscall(SYS_madvise, at, len, advice);
     int saved = errno;
-    if (ours && advice == MADV_REMOVE)
-        mark_hole(start, end);
+    if (ours && zaps)
+        mark_range(start, end, advice != MADV_REMOVE);
     else if (ours && !rc && !hint)
         inherit(start, end, advice == MADV_DONTFORK);
     if (ours && !rc)

@@ -30,8 +30,9 @@
 
 bool mirror_possible(const struct rule *rule, const char *path)
 {
-    if (rule->strategy == RULE_HASH || rule->strategy == RULE_INOTIFY) {
-        say_once(SAY_ERROR, "%s: a mirror cannot be written under strategy hash or inotify, only under uffd", path);
+    if (rule->strategy != RULE_AUTO && rule->strategy != RULE_UFFD) {
+        say_once(SAY_ERROR, "%s: a mirror cannot be written under strategy softdirty, hash or inotify, only under uffd",
+                 path);
         return false;
     }
     struct held h = shim_lock();

@@ -10,6 +10,7 @@
 enum range_state {
     RANGE_IDLE,  /* mapped without PROT_WRITE so far: nobody was told */
     RANGE_UFFD,  /* registered, armed and announced */
+    RANGE_SOFT,  /* announced, found by soft-dirty bits */
     RANGE_HASHED /* announced, found by hashing */
 };
 

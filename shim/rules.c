@@ -16,8 +16,8 @@ static const char *const mode_names[] = {"push", "pull", "mirror", "none", NULL}
 static const char *const strategy_names[] = {"auto", "uffd", "softdirty", "hash", "inotify", "fuse",
                                              "nbd",  "ublk", "cuse",      "kmod", NULL};
 static const char *const strategy_not_built[RULE_STRATEGIES] = {
-    [RULE_SOFTDIRTY] = "strategy=softdirty", [RULE_FUSE] = "strategy=fuse", [RULE_NBD] = "strategy=nbd",
-    [RULE_UBLK] = "strategy=ublk",           [RULE_CUSE] = "strategy=cuse", [RULE_KMOD] = "strategy=kmod",
+    [RULE_FUSE] = "strategy=fuse", [RULE_NBD] = "strategy=nbd",   [RULE_UBLK] = "strategy=ublk",
+    [RULE_CUSE] = "strategy=cuse", [RULE_KMOD] = "strategy=kmod",
 };
 static const char *const ack_names[] = {"durable", "received", "async", NULL};
 static const char *const initial_names[] = {"push", "pull", NULL};

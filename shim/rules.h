@@ -57,7 +57,7 @@ int rules_name(const struct rule *rule, const char *path, const char *host, char
 /* "10s", "250ms", "2m", "1h", a bare number (seconds), "off" and "forever" where allowed by the caller (returned as 0 and UINT64_MAX). -EINVAL else. */
 int rules_time(const char *text, uint64_t *ms);
 int rules_strategy(const char *text, enum rule_strategy *s); /* -EINVAL */
-#define RULES_BUILT "auto, uffd, hash and inotify"          /* the strategies that there are; of the rest only the names */
+#define RULES_BUILT "auto, uffd, softdirty, hash and inotify" /* the strategies that there are; of the rest only the names */
 bool rules_built(enum rule_strategy s);
 int rules_ack(const char *text, uint8_t *ack);               /* -EINVAL */
 

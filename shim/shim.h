@@ -185,6 +185,9 @@ bool arm_can_mirror(void);                     /* lock held */
 /* For missing faults and for protection in one, protected. Lock held. */
 int arm_mirror(uint64_t addr, uint64_t len);
 const char *arm_reason(void);
+/* Whether soft-dirty bits tell stores: 0 or a negative errno; arm_soft_reason() says more. Lock held. */
+int arm_soft(void);
+const char *arm_soft_reason(void);
 extern int arm_kept; /* -1 when none is open */
 void arm_fork_child(void);
 

@@ -162,7 +162,7 @@ int control_map_get(const void *p, size_t len, struct control_map *m)
     m->addr = rd_u64(&r);
     m->len = rd_u64(&r);
     m->offset = rd_u64(&r);
-    if (m->tracker > CONTROL_TRACK_INOTIFY || !range_good(m->addr, m->len) || m->len > INT64_MAX ||
+    if (m->tracker > CONTROL_TRACK_SOFTDIRTY || !range_good(m->addr, m->len) || m->len > INT64_MAX ||
         m->offset > (uint64_t)INT64_MAX - m->len)
         return -EPROTO;
     return get_end(&r);

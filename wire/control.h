@@ -53,13 +53,15 @@ enum control_type {
     CONTROL_TRUNCATE,
     /* tool -> agent */
     CONTROL_ATTACH,    /* answered by RESULT: 0 and the device's path */
+    /* shim -> agent */
+    CONTROL_SOFTDIRTY, /* fds: /proc/self/clear_refs, for writing, and /proc/self/stat; before the first MAP tracked so; no fields */
     CONTROL_TYPES
 };
 
 enum control_ack { CONTROL_ACK_DURABLE, CONTROL_ACK_RECEIVED, CONTROL_ACK_ASYNC };
 enum control_loss { CONTROL_LOSS_CONTINUE, CONTROL_LOSS_BLOCK, CONTROL_LOSS_FAIL };
 enum control_initial { CONTROL_INITIAL_SAFE, CONTROL_INITIAL_PUSH, CONTROL_INITIAL_PULL };
-enum control_tracker { CONTROL_TRACK_UFFD, CONTROL_TRACK_HASH, CONTROL_TRACK_INOTIFY };
+enum control_tracker { CONTROL_TRACK_UFFD, CONTROL_TRACK_HASH, CONTROL_TRACK_INOTIFY, CONTROL_TRACK_SOFTDIRTY };
 /* Which captures compare a region by hash, whatever its marks and maps say: none, all, all that a sync point asks for and, of the clock's, those before
  * which the file made events (strategy=inotify). */
 enum control_hashed { CONTROL_HASHED_NEVER, CONTROL_HASHED_ALL, CONTROL_HASHED_EVENTS };
@@ -294,7 +296,7 @@ size_t control_view_put(void *to, size_t cap, const struct control_view *m);
 int control_view_get(const void *p, size_t len, struct control_view *m);
 size_t control_text_put(void *to, size_t cap, uint8_t type, const struct control_text *m);
 int control_text_get(const void *p, size_t len, struct control_text *m);
-size_t control_empty_put(void *to, size_t cap, uint8_t type); /* UFFD, STATUS, STOP */
+size_t control_empty_put(void *to, size_t cap, uint8_t type); /* UFFD, SOFTDIRTY, STATUS, STOP */
 
 /* Where the agent of this user listens: MEMSYNC_AGENT when it is a path, else $XDG_RUNTIME_DIR/memsync/agent.sock when that variable is set and
  * absolute, else /tmp/memsync-UID/agent.sock. env_* are the variables' values or NULL. 0 or -ENAMETOOLONG. */

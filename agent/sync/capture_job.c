@@ -73,7 +73,7 @@ static uint64_t holes_from(const struct body *b)
     return b->mirror ? __atomic_load_n(&b->base, __ATOMIC_SEQ_CST) : 0;
 }
 
-static void scan_part(struct part *p)
+static void scan_part(struct part *p, uint64_t began)
 {
     struct stat st;
     struct timespec t;
@@ -92,6 +92,7 @@ static void scan_part(struct part *p)
                               .size = p->size,
                               .published = &p->body->published,
                               .holes_from = holes_from(p->body),
+                              .began = began,
                               .clock = p->glance,
                               .events = p->watch && watch_take(p->watch)};
     for (size_t i = 0; i < p->nmaps && !p->err; i++)
@@ -106,9 +107,9 @@ static void scan_part(struct part *p)
 void capture_scan(void *arg)
 {
     struct capture *c = arg;
-    uint64_t from = now_us();
+    uint64_t began = uv_hrtime(), from = began / 1000;
     for (size_t i = 0; i < c->nparts; i++)
-        scan_part(&c->parts[i]);
+        scan_part(&c->parts[i], began);
     c->scan_us += now_us() - from;
 }
 

@@ -3,6 +3,7 @@
 #include "agent/sync/capture.h"
 #include "agent/base/log.h"
 #include "agent/nbd/device.h"
+#include "agent/track/softdirty.h"
 #include "agent/page/page.h"
 
 #include <errno.h>
@@ -236,6 +237,8 @@ static const struct track_ops *tracker_for(const struct use *u, uint8_t asked)
 {
     if (asked == CONTROL_TRACK_UFFD)
         return &track_uffd;
+    if (asked == CONTROL_TRACK_SOFTDIRTY)
+        return &track_softdirty;
     return asked == CONTROL_TRACK_INOTIFY && u->hashed == CONTROL_HASHED_EVENTS ? &track_inotify : &track_hash;
 }
 
@@ -258,7 +261,7 @@ static int on_map(struct program *p, struct message *msg)
         u->maps = more;
         u->maps_cap = cap;
     }
-    struct track_map map = {tracker_for(u, m.tracker), p->pagemap, m.addr, m.len, m.offset};
+    struct track_map map = {tracker_for(u, m.tracker), p->pagemap, m.addr, m.len, m.offset, p->soft};
     int rc = map.ops->arm(&map);
     if (rc) {
         program_notice(p, "%s: the page table of %s (%u) cannot be read (%s): found by hashing",
@@ -271,6 +274,20 @@ static int on_map(struct program *p, struct message *msg)
     u->body->tracker = map.ops->name;
     u->maps[u->nmaps++] = map;
     return 0;
+}
+
+static int on_softdirty(struct program *p, struct message *m)
+{
+    if (m->nfds != 2)
+        return -EPROTO;
+    int clear_refs = take_fd(m, 0), stat = take_fd(m, 1);
+    if (p->soft || p->pagemap < 0) {
+        close(clear_refs);
+        close(stat);
+        return 0;
+    }
+    p->soft = softdirty_new(p->pagemap, clear_refs, stat);
+    return p->soft ? 0 : -ENOMEM;
 }
 
 static bool maps_in(const struct program *p, const struct group *g, uint64_t addr, uint64_t len)
@@ -587,6 +604,8 @@ static int dispatch(struct program *p, struct message *m)
         if (p->uffd < 0)
             p->uffd = take_fd(m, 0);
         return 0;
+    case CONTROL_SOFTDIRTY:
+        return on_softdirty(p, m);
     default:
         return page_message(p, type, m->data, m->len, m->fds, m->nfds);
     }

@@ -188,6 +188,7 @@ struct program {
     struct link *link;
     struct group *group; /* of its regions without group= */
     int fd, pagemap, uffd;
+    struct softdirty *soft; /* NULL unless it has mappings that are tracked so */
     uv_poll_t poll;
     bool polling, tool, greeted, bye, gone;
     unsigned holds;

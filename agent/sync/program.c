@@ -7,6 +7,7 @@
 #include "agent/sync/capture.h"
 #include "agent/base/log.h"
 #include "agent/page/page.h"
+#include "agent/track/softdirty.h"
 
 #include <errno.h>
 #include <linux/futex.h>
@@ -147,6 +148,7 @@ void program_drop(struct program *p)
     *at = p->next;
     if (p->shared)
         munmap(p->shared, sizeof *p->shared);
+    softdirty_free(p->soft);
     if (p->pagemap >= 0)
         close(p->pagemap);
     if (p->uffd >= 0)
@@ -179,6 +181,9 @@ void use_end(struct use *u)
     while (*at != u)
         at = &(*at)->next_body;
     *at = u->next_body;
+    for (size_t i = 0; i < u->nmaps; i++)
+        if (u->maps[i].ops == &track_softdirty)
+            softdirty_forget(u->maps[i].soft, u->maps[i].addr, u->maps[i].len);
     u->nmaps = 0;
     u->next_program = p->dead_uses;
     p->dead_uses = u; /* a capture may be looking at its marks */
@@ -215,10 +220,10 @@ void program_check(struct program *p)
     for (struct use *u = p->uses; u; u = u->next_program)
         for (size_t i = 0; i < u->nmaps; i++) {
             struct track_map *m = &u->maps[i];
-            if (m->ops != &track_uffd)
+            if (m->ops != &track_uffd && m->ops != &track_softdirty)
                 continue;
             u->body->unknown = true;
-            if (track_uffd.arm(m)) {
+            if (m->ops->arm(m)) {
                 u->body->killed = true;
                 u->nmaps = 0;
                 break;

@@ -13,6 +13,7 @@
  * had it before */
 #include "agent/sync/reconcile.h"
 #include "agent/base/log.h"
+#include "agent/track/softdirty.h"
 #include "agent/page/page.h"
 
 #include <errno.h>
@@ -116,6 +117,15 @@ static void refuse(struct region *r, enum attach as)
     log_warn("%s: %s", r->path, r->reason);
 }
 
+static struct track_map map_after(const struct track_map *old, uint64_t start)
+{
+    struct track_map m = *old;
+    m.addr = start;
+    m.len = old->addr + old->len - start;
+    m.offset = old->offset + (start - old->addr);
+    return m;
+}
+
 void use_retire(struct use *u, uint64_t addr, uint64_t len)
 {
     uint64_t end = (addr + len + PAGE - 1) & ~(uint64_t)(PAGE - 1); /* a call takes the whole of the last page */
@@ -124,13 +134,14 @@ void use_retire(struct use *u, uint64_t addr, uint64_t len)
         uint64_t last = old.addr + old.len;
         if (last <= addr || old.addr >= end)
             continue;
+        if (old.ops == &track_softdirty)
+            softdirty_forget(old.soft, addr, end - addr);
         if (old.addr < addr) {
             m->len = addr - old.addr;
             if (last > end && u->nmaps < u->maps_cap) /* room is kept for one split more than there are maps */
-                u->maps[u->nmaps++] =
-                    (struct track_map){old.ops, old.pagemap, end, last - end, old.offset + (end - old.addr)};
+                u->maps[u->nmaps++] = map_after(&old, end);
         } else if (last > end) {
-            *m = (struct track_map){old.ops, old.pagemap, end, last - end, old.offset + (end - old.addr)};
+            *m = map_after(&old, end);
         } else {
             u->maps[i--] = u->maps[--u->nmaps];
         }

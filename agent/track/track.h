@@ -11,12 +11,14 @@
 #include "agent/track/hashes.h"
 
 struct track_ops;
+struct softdirty;
 
 /* A writable shared mapping of a region in some program. */
 struct track_map {
     const struct track_ops *ops;
     int pagemap; /* that program's; -1 when it could not be had */
     uint64_t addr, len, offset;
+    struct softdirty *soft; /* of that program; only track_softdirty's */
 };
 
 /* What a capture knows of the file, and why it asks. */
@@ -26,6 +28,7 @@ struct track_file {
     const struct hashes *published;
     uint64_t holes_from; /* holes before it say nothing of the content: a mirror's, which were not fetched */
     bool clock;  /* the clock wants to know, and no sync point waits for it: stores may be left to the next one */
+    uint64_t began; /* CLOCK_MONOTONIC in ns: what one look found for several maps since then counts for all; 0: none */
     bool events; /* the file had events since the last look (watch.h) */
 };
 
@@ -40,7 +43,7 @@ struct track_ops {
     bool reads_all;
 };
 
-extern const struct track_ops track_uffd, track_hash, track_inotify;
+extern const struct track_ops track_uffd, track_softdirty, track_hash, track_inotify;
 
 /* The seam all collects go through. */
 int track_collect(const struct track_map *map, const struct track_file *file, struct extents *out);
