@@ -56,7 +56,7 @@ static void check_kernel(struct report *r)
     bool known = sscanf(u.release, "%d.%d", &major, &minor) == 2;
     bool young = known && (major > 6 || (major == 6 && minor >= 7));
     say(r, young ? GOOD : NOTE,
-        young ? NULL : "page-table tracking needs Linux 6.7 or later; here files are compared by hash", "kernel",
+        young ? NULL : "page-table tracking by userfaultfd needs Linux 6.7 or later; see strategy auto below", "kernel",
         "%s %s", u.sysname, u.release);
 }
 
@@ -143,7 +143,7 @@ static bool check_directory(struct report *r, const char *dir)
     if (rc)
         say(r, BAD,
             rc == -EACCES || rc == -ENOENT || rc == -EROFS ? "name a directory that you can write to"
-                                                           : "there, files are compared by hash at each sync point",
+                                                           : "see strategy auto below",
             "tracking", "%s (%s): %s", dir, file_system(dir), why);
     else
         say(r, GOOD, NULL, "tracking", "%s (%s): armed, stored to, scanned: exactly the page stored to was found", dir,
@@ -154,12 +154,14 @@ static bool check_directory(struct report *r, const char *dir)
 static void check_strategies(struct report *r, bool uffd)
 {
     bool soft = probe_softdirty();
-    say(r, uffd ? GOOD : BAD, NULL, "strategy auto", "%s",
-        uffd ? "uses uffd: page tables say which pages were stored to"
-             : "uses hash: all of a file is read at each sync point");
+    say(r, uffd ? GOOD : soft ? NOTE : BAD, NULL, "strategy auto", "%s",
+        uffd   ? "uses uffd: page tables say which pages were stored to"
+        : soft ? "uses softdirty: page tables say which pages were stored to; clearing their bits takes the whole process"
+               : "uses hash: all of a file is read at each sync point");
     say(r, GOOD, NULL, "strategy hash", "works everywhere");
     say(r, GOOD, NULL, "strategy inotify", "works where the file's writers are on this host");
-    say(r, NOTE, NULL, "strategy softdirty", "not built (tried out: this kernel %s it)", soft ? "has" : "lacks");
+    say(r, soft ? GOOD : NOTE, NULL, "strategy softdirty", "%s",
+        soft ? "tried out: works" : "tried out: this kernel has no soft-dirty bits");
     say(r, NOTE, NULL, "other strategies", "fuse, nbd, ublk, cuse, kmod: not built");
 }
 

@@ -8,7 +8,7 @@ python=/usr/bin/python3
 cases=(strategy rule rule_mode ack_unknown timeout_unknown unreachable unreachable_fail unreachable_block remote_unparsable
     remote_not_built other_writer foreign_lineage foreign_initial_push name_dots name_clash unreadable store_locked no_rules other_program
     agent_missing)
-for strategy in softdirty fuse nbd ublk cuse kmod; do
+for strategy in fuse nbd ublk cuse kmod; do
     cases+=("not_built_$strategy")
 done
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }

@@ -329,8 +329,8 @@ static void test_ranges(void **state)
     assert_int_equal(map_with(0, (uint64_t)INT64_MAX + 1, 0, 0), -EPROTO);
     assert_int_equal(map_with(0, UINT64_MAX, 1, 0), -EPROTO);
     assert_int_equal(map_with(0, 1, UINT64_MAX, 0), -EPROTO);
-    assert_int_equal(map_with(0, 1, 0, CONTROL_TRACK_INOTIFY), 0);
-    assert_int_equal(map_with(0, 1, 0, CONTROL_TRACK_INOTIFY + 1), -EPROTO);
+    assert_int_equal(map_with(0, 1, 0, CONTROL_TRACK_SOFTDIRTY), 0);
+    assert_int_equal(map_with(0, 1, 0, CONTROL_TRACK_SOFTDIRTY + 1), -EPROTO);
     assert_int_equal(retire_with(0, 0), -EPROTO);
     assert_int_equal(retire_with(UINT64_MAX - 4095, 4096), -EPROTO);
     assert_int_equal(retire_with(4096, 4096), 0);

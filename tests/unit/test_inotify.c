@@ -290,7 +290,7 @@ static void a_sync_point_finds_what_events_do_not_tell(void **state)
     struct bed b;
     struct watch *w;
     lay(&b, "/dev/shm");
-    struct track_map map = {&track_inotify, -1, (uintptr_t)b.at, SIZE, 0};
+    struct track_map map = {&track_inotify, -1, (uintptr_t)b.at, SIZE, 0, NULL};
     assert_int_equal(watch_open(b.fd, &w), 0);
     watch_take(w);
     assert_int_equal(map.ops->arm(&map), 0);

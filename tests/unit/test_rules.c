@@ -75,7 +75,7 @@ static void test_not_built(void **state)
         {"/a=pull,resident=512M", NULL},
         {"/a=mirror,order=linear", NULL},
         {"/a=mirror,resident=512M", "resident= under mirror"},
-        {"/a,strategy=softdirty", "strategy=softdirty"},
+        {"/a,strategy=softdirty", NULL},
         {"/a,strategy=kmod", "strategy=kmod"},
         {"/a,strategy=uffd", NULL},
         {"/a,strategy=hash", NULL},

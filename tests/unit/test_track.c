@@ -5,10 +5,13 @@
 #include <cmocka.h>
 
 #include "agent/track/kernel.h"
+#include "agent/track/softdirty.h"
 #include "agent/track/track.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -214,7 +217,7 @@ static void stores_are_found_once(const struct track_ops *ops, const char *dir)
     struct hashes none = {0};
     if (!arm(&m, dir))
         skip();
-    struct track_map map = {ops, m.pagemap, (uintptr_t)m.at, PAGES * PAGE, 0};
+    struct track_map map = {ops, m.pagemap, (uintptr_t)m.at, PAGES * PAGE, 0, NULL};
     struct track_file file = {.fd = m.fd, .size = PAGES * PAGE, .published = &none};
     struct extents e = {0};
     assert_int_equal(ops->arm(&map), 0);
@@ -267,6 +270,88 @@ static void inotify_in_memory(void **state)
     stores_are_found_once(&track_inotify, "/dev/shm");
 }
 
+static bool has_soft_bits(int pagemap, const void *at)
+{
+    uint64_t entry = 0;
+    return pread(pagemap, &entry, sizeof entry, (off_t)((uintptr_t)at / PAGE * sizeof entry)) == sizeof entry &&
+           entry >> 55 & 1;
+}
+
+struct storing {
+    _Atomic uint8_t *at; /* a page each */
+    _Atomic bool stop;
+    _Atomic uint64_t stores;
+};
+
+static void *store_on(void *arg)
+{
+    struct storing *s = arg;
+    for (unsigned seed = 1; !s->stop;) {
+        uint64_t page = (uint64_t)rand_r(&seed) % PAGES;
+        s->at[page * PAGE]++;
+        s->stores++;
+        if (!(seed % 64))
+            sched_yield();
+    }
+    return NULL;
+}
+
+/* A thread stores all the time. What each collect leaves out is as the collects before had seen it: at the end, once
+ * it stands still, a copy that was brought up to date by nothing but collects is the file. */
+static void softdirty_loses_nothing_beside_stores(void **state)
+{
+    (void)state;
+    struct hashes none = {0};
+    int fd = file_of_pages("/dev/shm"), pagemap = open("/proc/self/pagemap", O_RDONLY);
+    uint8_t *at = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    memset(at, 1, PAGES * PAGE);
+    struct softdirty *s =
+        softdirty_new(pagemap, open("/proc/self/clear_refs", O_WRONLY), open("/proc/self/stat", O_RDONLY));
+    struct track_map map = {&track_softdirty, pagemap, (uintptr_t)at, PAGES * PAGE, 0, s};
+    struct track_file file = {.fd = fd, .size = PAGES * PAGE, .published = &none};
+    struct extents e = {0};
+    uint8_t *copy = calloc(PAGES, PAGE);
+    bool works = has_soft_bits(pagemap, at);
+    if (works)
+        assert_int_equal(track_softdirty.arm(&map), 0);
+    struct storing stores = {.at = (_Atomic uint8_t *)at};
+    pthread_t thread;
+    uint64_t named = 0, rounds = works ? 3000 : 0;
+    if (works)
+        assert_int_equal(pthread_create(&thread, NULL, store_on, &stores), 0);
+    for (uint64_t i = 0; i <= rounds && works; i++) {
+        if (i == rounds) {
+            stores.stop = true;
+            pthread_join(thread, NULL);
+        }
+        assert_int_equal(track_collect(&map, &file, &e), 0);
+        extents_settle(&e, file.size);
+        for (size_t k = 0; k < e.count; k++)
+            assert_int_equal(pread(fd, copy + e.at[k].start, e.at[k].end - e.at[k].start, (off_t)e.at[k].start),
+                             e.at[k].end - e.at[k].start);
+        named += extents_bytes(&e) / PAGE;
+        e.count = 0;
+        if (i < rounds && i % 2)
+            usleep(200);
+    }
+    if (works) {
+        print_message("%llu stores, %llu pages named in %llu looks\n", (unsigned long long)stores.stores,
+                      (unsigned long long)named, (unsigned long long)rounds);
+        assert_memory_equal(copy, at, PAGES * PAGE);
+        softdirty_forget(s, map.addr, map.len);
+        assert_int_equal(track_collect(&map, &file, &e), 0); /* not looked at any more: all of it */
+        assert_int_equal(extents_bytes(&e), PAGES * PAGE);
+    }
+    softdirty_free(s);
+    extents_free(&e);
+    free(copy);
+    munmap(at, PAGES * PAGE);
+    close(fd);
+    close(pagemap);
+    if (!works)
+        skip();
+}
+
 /* A scan of a memory map whose program died finds nothing and says success: the tracker must not. */
 static void a_dead_program_is_told(void **state)
 {
@@ -286,7 +371,7 @@ static void a_dead_program_is_told(void **state)
     snprintf(name, sizeof name, "/proc/%d/pagemap", child);
     int pagemap = open(name, O_RDONLY);
     assert_true(pagemap >= 0);
-    struct track_map map = {&track_uffd, pagemap, (uintptr_t)m.at, PAGES * PAGE, 0};
+    struct track_map map = {&track_uffd, pagemap, (uintptr_t)m.at, PAGES * PAGE, 0, NULL};
     struct track_file file = {.fd = m.fd, .size = PAGES * PAGE, .published = &none};
     struct extents e = {0};
     kill(child, SIGKILL);
@@ -305,7 +390,7 @@ static void a_lost_registration_is_told(void **state)
     struct hashes none = {0};
     if (!arm(&m, "/dev/shm"))
         skip();
-    struct track_map map = {&track_uffd, m.pagemap, (uintptr_t)m.at, PAGES * PAGE, 0};
+    struct track_map map = {&track_uffd, m.pagemap, (uintptr_t)m.at, PAGES * PAGE, 0, NULL};
     struct track_file file = {.fd = m.fd, .size = PAGES * PAGE, .published = &none};
     struct extents e = {0};
     close(m.uffd);
@@ -407,6 +492,7 @@ int main(void)
         cmocka_unit_test(uffd_in_memory),
         cmocka_unit_test(hash_on_disk),
         cmocka_unit_test(inotify_in_memory),
+        cmocka_unit_test(softdirty_loses_nothing_beside_stores),
         cmocka_unit_test(a_dead_program_is_told),
         cmocka_unit_test(a_lost_registration_is_told),
         cmocka_unit_test(everything_passes_over_holes),
