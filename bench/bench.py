@@ -11,10 +11,11 @@ import sys
 import beside
 import delta
 import mount
+import nbd
 import sync
 from kit import BUILD, GIB, MIB, ROOT, marks, rows
 
-ITEMS = {**sync.ITEMS, **delta.ITEMS, **beside.ITEMS, **mount.ITEMS}
+ITEMS = {**sync.ITEMS, **delta.ITEMS, **beside.ITEMS, **mount.ITEMS, **nbd.ITEMS}
 
 
 def main():

@@ -118,6 +118,21 @@ static void on_written(uv_write_t *w, int status)
     conn_drop(c);
 }
 
+/* What the socket takes at once costs no turn of the loop; how many of the bufs were left, the first of them cut. Not
+ * when the connection waits for what an answer frees: on_written goes on then. */
+static unsigned send_now(struct nbd_conn *c, uv_buf_t **bufs, unsigned n)
+{
+    int sent = c->reading && !c->nbd->starved ? uv_try_write(&c->h->stream, *bufs, n) : 0;
+    size_t left = sent > 0 ? (size_t)sent : 0;
+    for (; n && left >= (*bufs)->len; n--)
+        left -= (*bufs)++->len;
+    if (n) {
+        (*bufs)->base += left;
+        (*bufs)->len -= left;
+    }
+    return n;
+}
+
 static bool batch_send(struct nbd_conn *c)
 {
     struct sending *s = malloc(sizeof *s);
@@ -128,7 +143,7 @@ static bool batch_send(struct nbd_conn *c)
     *s = (struct sending){.conn = c};
     s->write.data = s;
     TAILQ_INIT(&s->outs);
-    uv_buf_t bufs[2 * BATCH];
+    uv_buf_t bufs[2 * BATCH], *rest = bufs;
     unsigned n = 0;
     for (struct out *o; n + 2 <= 2 * BATCH && (o = TAILQ_FIRST(&c->outs));) {
         TAILQ_REMOVE(&c->outs, o, link);
@@ -137,8 +152,15 @@ static bool batch_send(struct nbd_conn *c)
         if (o->data)
             bufs[n++] = uv_buf_init((char *)o->data->data, o->data->len);
     }
+    n = send_now(c, &rest, n);
+    if (!n) {
+        c->moved = uv_now(c->nbd->loop);
+        outs_drop(c, &s->outs);
+        free(s);
+        return true;
+    }
     conn_hold(c);
-    int rc = uv_write(&s->write, &c->h->stream, bufs, n, on_written);
+    int rc = uv_write(&s->write, &c->h->stream, rest, n, on_written);
     if (!rc)
         return true;
     outs_drop(c, &s->outs);

@@ -41,6 +41,8 @@
 #define NBD_INPUT (256u << 10) /* bytes taken of a connection before they are looked at */
 #define NBD_PIECE (512u << 10) /* of a read: one job, one chunk */
 #define NBD_PIECES (NBD_PAYLOAD_MAX / NBD_PIECE)
+#define NBD_NOW (256u << 10)        /* of a read that the loop itself may answer, and */
+#define NBD_TURN (1u << 20)         /* of all that it answers so before it looks at its other work */
 #define NBD_BUDGET (16u << 20)      /* of answers under way on a connection before no more requests are taken */
 #define NBD_BUDGET_ALL (256u << 20) /* and on all of them */
 #define NBD_IN_FLIGHT 256u          /* requests likewise */
@@ -183,7 +185,7 @@ struct nbd {
     struct nbd_conns conns;
     struct exports exports;
     unsigned conns_n;
-    uint64_t owed;
+    uint64_t owed, turn;
     bool starved, stopping, ended;
     bool slow; /* the store has to ask others */
     uv_prepare_t flush;

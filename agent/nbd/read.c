@@ -50,6 +50,16 @@ static void whole_send(struct reading *q)
 {
     uint8_t head[NBD_CHUNK + 8];
     size_t n;
+    bool hole = q->conn->proto.structured;
+    for (uint32_t i = 0; hole && i < q->pieces; i++)
+        hole = bytes_zero(q->piece[i].data->data, q->piece[i].len);
+    if (hole) {
+        n = nbd_chunk_head(head, NBD_CHUNK_DONE, NBD_CHUNK_HOLE, q->request.cookie, 12);
+        put_u64(head + n, q->request.offset);
+        put_u32(head + n + 8, q->request.len);
+        conn_out(q->conn, head, n + 12, NULL, 0);
+        return; /* the data goes with the pieces */
+    }
     if (q->conn->proto.structured) {
         n = nbd_chunk_head(head, NBD_CHUNK_DONE, NBD_CHUNK_DATA, q->request.cookie, 8 + q->request.len);
         put_u64(head + n, q->request.offset);
@@ -125,6 +135,36 @@ static void on_piece(void *arg, int err, struct buf *data)
     conn_drop(c);
 }
 
+#define NOW_PIECES ((NBD_NOW + FRAME_DATA_MAX - 1) / FRAME_DATA_MAX)
+
+/* Answers what is in memory, if all of it is: a change of threads costs more than the copying. */
+static bool reading_now(struct reading *q)
+{
+    const struct nbd_request *r = &q->request;
+    struct buf *data[NOW_PIECES];
+    uint32_t n = 0, at = 0, step = FRAME_DATA_MAX;
+    if (r->len > NBD_NOW || q->nbd->turn >= NBD_TURN)
+        return false;
+    for (; at < r->len; at += step, n++) {
+        uint32_t len = r->len - at < step ? r->len - at : step;
+        data[n] = store_pin_read_now(q->view->pin, r->offset + at, len, 0);
+        q->piece[n] = (struct piece){.of = q, .offset = r->offset + at, .len = len};
+        if (!data[n])
+            break;
+    }
+    if (at < r->len) {
+        while (n)
+            buf_drop(data[--n]);
+        return false;
+    }
+    q->nbd->turn += r->len;
+    q->pieces = q->left = n;
+    q->whole |= n > 1; /* one chunk, in any case */
+    for (uint32_t i = 0; i < n; i++)
+        piece_take(&q->piece[i], 0, data[i]);
+    return true;
+}
+
 static void reading_begin(struct nbd_conn *c, const struct nbd_request *r, bool again)
 {
     uint32_t pieces = (r->len + NBD_PIECE - 1) / NBD_PIECE;
@@ -136,7 +176,8 @@ static void reading_begin(struct nbd_conn *c, const struct nbd_request *r, bool 
     }
     if (v && r->offset + r->len > v->size)
         err = -EIO; /* it has been cut since it was chosen */
-    struct reading *q = err ? NULL : calloc(1, sizeof *q + pieces * sizeof q->piece[0]);
+    struct reading *q =
+        err ? NULL : calloc(1, sizeof *q + (pieces < NOW_PIECES ? NOW_PIECES : pieces) * sizeof q->piece[0]);
     if (!q) {
         if (v)
             view_drop(c->nbd, v);
@@ -151,10 +192,7 @@ static void reading_begin(struct nbd_conn *c, const struct nbd_request *r, bool 
     conn_hold(c);
     c->requests++;
     conn_owe(c, r->len);
-    struct buf *now = store_pin_read_now(v->pin, r->offset, r->len, 0);
-    if (now) { /* it is one piece then */
-        q->piece[0] = (struct piece){.of = q, .offset = r->offset, .len = r->len};
-        piece_take(&q->piece[0], 0, now);
+    if (reading_now(q)) {
         reading_end(q);
         conn_drop(c);
         return;

@@ -15,6 +15,7 @@ static void on_flush(uv_prepare_t *p)
 {
     struct nbd *n = p->data;
     struct nbd_conn *c;
+    n->turn = 0;
     if (n->starved && n->owed <= NBD_BUDGET_ALL / 2) {
         n->starved = false;
         TAILQ_FOREACH(c, &n->conns, link)
