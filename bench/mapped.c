@@ -179,7 +179,7 @@ static int open_all(char **paths)
         double start = now_us();
         look(map(*paths, &len));
         sample(now_us() - start);
-        usleep(30000); /* the rest of it comes meanwhile */
+        usleep(100000); /* the rest of it comes meanwhile, over a long path too */
     }
     printf("%.1f %.1f\n", at_share(50), at_share(99));
     return 0;

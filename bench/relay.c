@@ -30,6 +30,7 @@
 #define CONNECTIONS 64
 #define CHUNK 65536u
 #define CHUNKS 256u /* of a lane: what may be on its way */
+#define IN_TURN 2u  /* chunks of a lane, then the others have theirs: a short message must not wait for a full lane */
 
 struct chunk {
     uint64_t due; /* ns */
@@ -228,7 +229,7 @@ static void serve(struct connection *c, const struct pollfd p[2])
             return;
         }
         uint64_t now = now_ns();
-        while (c->used && l->count && l->ring[l->first].due <= now) {
+        for (unsigned n = 0; n < IN_TURN && c->used && l->count && l->ring[l->first].due <= now; n++) {
             size_t before = l->ring[l->first].at;
             unsigned count = l->count;
             if (!hand_on(l, i)) {
