@@ -22,7 +22,7 @@
 #define AHEAD_BULK (128u << 10)
 #define IN_CAP SOCK_IN_CAP
 #define IN_ROOM (128u << 10) /* less than this at the buffer's end: what is left of it moves to the front */
-#define IN_TURN (256u << 10)
+#define IN_TURN (128u << 10)
 
 struct sock *sock_new(struct conn *c, unsigned index)
 {
@@ -217,14 +217,13 @@ static void on_alloc(uv_handle_t *h, size_t suggested, uv_buf_t *to)
     (void)suggested;
     sock_room(k);
     /* No room ends this socket's turn: libuv would go on for as long as there is something to read. */
-    if (k->tls && k->in_turn < IN_TURN) {
-        size_t cap;
-        uint8_t *room = conn_tls_room(&cap);
-        *to = uv_buf_init((char *)room, (unsigned)cap);
+    if (k->in_turn >= IN_TURN) {
+        *to = uv_buf_init(NULL, 0);
         return;
     }
-    *to = k->in_turn < IN_TURN ? uv_buf_init((char *)k->in + k->in_end, (unsigned)(IN_CAP - k->in_end))
-                               : uv_buf_init(NULL, 0);
+    size_t room = IN_CAP - k->in_end, turn = IN_TURN - k->in_turn;
+    uint8_t *at = k->tls ? conn_tls_room(&room) : k->in + k->in_end;
+    *to = uv_buf_init((char *)at, (unsigned)(turn < room ? turn : room));
 }
 
 static void on_read(uv_stream_t *stream, ssize_t n, const uv_buf_t *buf)
