@@ -72,6 +72,15 @@ static bool read_look(struct request *r)
     return true;
 }
 
+static bool piece_start(struct request *r);
+
+/* Of what somebody waits for, all behind the first. */
+static void pieces_rest(struct request *r)
+{
+    while (r->started < r->count && !r->failed)
+        piece_start(r);
+}
+
 static void on_piece(void *arg, int err, struct buf *data)
 {
     struct piece *p = arg;
@@ -88,6 +97,8 @@ static void on_piece(void *arg, int err, struct buf *data)
     if (s && r->bulk)
         s->pieces--;
     pieces_send(r);
+    if (s && !r->bulk)
+        pieces_rest(r);
     read_look(r);
     if (s)
         session_read_on(s);
@@ -186,8 +197,8 @@ void session_read(struct session *s, uint32_t stream, struct pin *pin, const str
         r->waiting = true;
         session_read_on(s);
     } else {
-        while (r->started < r->count)
-            piece_start(r);
+        if (piece_start(r)) /* else the others follow when it is there: it is what is waited for */
+            pieces_rest(r);
         read_look(r);
     }
 }

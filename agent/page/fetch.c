@@ -13,14 +13,24 @@ static void streams_ready(struct pager *g)
         conn_set_priority(g->link->conn, g->streams[i], CONN_BULK);
 }
 
+static void timer_free(uv_handle_t *h)
+{
+    free(h);
+}
+
 struct pager *pager_of(struct link *k)
 {
     if (k->pager)
         return k->pager;
     struct pager *g = calloc(1, sizeof *g);
-    if (!g)
+    uv_timer_t *opened = g ? malloc(sizeof *opened) : NULL;
+    if (!opened || uv_timer_init(k->local->loop, opened)) {
+        free(opened);
+        free(g);
         return NULL;
-    *g = (struct pager){.link = k, .ahead = BULK_AHEAD_FIRST, .fastest = UINT64_MAX};
+    }
+    *g = (struct pager){.link = k, .opened = opened, .ahead = BULK_AHEAD_FIRST, .fastest = UINT64_MAX};
+    opened->data = g;
     for (size_t i = 0; i < 1 + BULK_STREAMS; i++)
         g->streams[i] = ++k->next_stream;
     k->pager = g;
@@ -321,6 +331,7 @@ void fetch_range(struct mount *m, struct answer *a, uint64_t offset, uint64_t le
                            .to = to,
                            .since = uv_now(m->pager->link->local->loop)};
     m->fetchings = f;
+    m->opened = false;
     if (from < to && plan_touch(&m->plan, from, to))
         evict_walk(m, to);
     evict_keep(m, from, to);
@@ -394,7 +405,7 @@ void fetch_pump(struct pager *g)
         all++;
     while (idle < all && g->bulk < g->ahead && g->bulk_n < BULK_READS) {
         uint64_t from, to;
-        if (m->state == MOUNT_PINNED && (m->viewers || m->eager) && evict_next(m, &from, &to)) {
+        if (m->state == MOUNT_PINNED && !m->opened && (m->viewers || m->eager) && evict_next(m, &from, &to)) {
             evict_room(m, to - from);
             read_send(m, from, to, true, least_busy(g), 0);
             idle = 0;
@@ -404,6 +415,28 @@ void fetch_pump(struct pager *g)
         }
         m = next_of(g, m);
     }
+}
+
+void fetch_begun(struct mount *m)
+{
+    if (!m->opened)
+        return;
+    m->opened = false;
+    fetch_pump(m->pager);
+}
+
+static void opened_long(uv_timer_t *t)
+{
+    struct pager *g = t->data;
+    for (struct mount *m = g->mounts; m; m = m->next)
+        m->opened = false;
+    fetch_pump(g);
+}
+
+void fetch_opened(struct mount *m)
+{
+    m->opened = true;
+    uv_timer_start(m->pager->opened, opened_long, OPENED_MS, 0);
 }
 
 /* What is worth having under way over so long a path, before anything has come over it: 1 GB/s for a round trip. */
@@ -556,6 +589,7 @@ void page_link_free(struct link *k)
     }
     while (g->reads)
         fetch_read_end(g, g->reads);
+    uv_close((uv_handle_t *)g->opened, timer_free);
     free(g);
     k->pager = NULL;
 }

@@ -295,6 +295,7 @@ int viewer_map(struct viewer *v, uint64_t addr, uint64_t len, uint64_t offset)
     page_wake(v->program->uffd, addr, len);
     if (v->mount->state == MOUNT_FAILED)
         mount_poison(v->mount, v, &v->stretches[v->count - 1]);
+    fetch_begun(v->mount);
     return 0;
 }
 
@@ -463,6 +464,7 @@ void mount_fault(struct mount *m, struct viewer *v, const struct stretch *s, uin
     }
     if (to - from >= PLAN_WINDOW / 2 && to > page + 1)
         evict_walk(m, to);
+    m->opened = false;
     fetch_want(m, from, to, uv_now(m->pager->link->local->loop));
 }
 
@@ -473,6 +475,7 @@ void mount_advise(struct mount *m, uint8_t advice, uint64_t offset, uint64_t len
         to = mount_pages(m);
     if (m->state == MOUNT_FAILED || from >= to)
         return;
+    m->opened = false;
     m->plan.random = advice == MADV_RANDOM || (m->plan.random && advice == MADV_WILLNEED);
     if (advice == MADV_WILLNEED || advice == MADV_SEQUENTIAL)
         plan_move(&m->plan, from);

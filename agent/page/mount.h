@@ -62,11 +62,12 @@
 #define BULK_FAR_MS 4u /* there and back: a socket's buffers are too small for such a path */
 #define BULK_READS 96u          /* and this: those of a recorded order are small */
 #define DEMAND_READS 128u       /* under way: a server has SESSION_REQUESTS for a connection */
-#define HEAD_BYTES (256u << 10) /* comes with the pin; as much of the end is asked for next */
+#define HEAD_BYTES (60u << 10) /* comes with the pin: one DATA; with more, the first byte waits for the rest of it */
 #define MOUNT_SIZE_MAX (16ULL << 40)
 #define STRETCHES_MAX 65536u
 #define LEARNING_MS 5000u /* nothing is fetched ahead so long when a first order is to be recorded */
 #define BULK_AHEAD_FIRST (8u << 20)
+#define OPENED_MS 2u /* at most so long an opened region's background lets its program go first */
 #define MOUNT_LINGER_MS 10000u /* without viewers: one may be handed on by exec */
 
 struct stretch {
@@ -154,6 +155,7 @@ struct mount {
     struct viewer *viewers;
     uint64_t idle_since; /* while it has none */
     uint64_t made_at;
+    bool opened; /* just now: its program is about to map it, and would have to share the processors with the background */
     struct fetching *fetchings;
     struct want *wanted;
     size_t wanted_n, wanted_cap; /* bounded by the threads that wait: nothing is in it twice */
@@ -198,6 +200,7 @@ struct opening {
 
 struct pager {
     struct link *link;
+    uv_timer_t *opened; /* when those that were just opened are so no more */
     struct mount *mounts, *turn; /* turn: whose background was asked last */
     struct read *reads;
     unsigned demand_n, bulk_n;
@@ -242,6 +245,8 @@ void fetch_step(struct mount *m);                     /* its calls that wait */
 void fetch_ahead_begin(struct pager *g, uint64_t trip);
 void fetch_ahead_adjust(struct pager *g, const struct read *r);
 void fetch_pump(struct pager *g);
+void fetch_opened(struct mount *m); /* its background waits until the program has mapped it, or asks for something */
+void fetch_begun(struct mount *m);
 void fetch_want(struct mount *m, uint64_t from, uint64_t to, uint64_t since); /* demand */
 bool fetch_demanded(const struct mount *m, uint64_t page);                    /* already */
 /* Of a page that was asked for in the background: a demand would have it here sooner, as far as one can tell by what is

@@ -259,6 +259,8 @@ struct mount *opening_pinned(struct pager *g, struct opening *o, uint32_t pin, c
         }
         m->pin = pin;
         m->state = MOUNT_PINNED;
+        if (!eager)
+            fetch_opened(m);
     }
     mount_order(m, o->how.order);
     o->request = 0;

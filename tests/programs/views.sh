@@ -150,7 +150,7 @@ none) # nothing comes that was not asked for, but for the beginning
     ask 1 peek 1 9000000
     ask 1 peek 1 9004096
     ask 1 data 1
-    [ "${MORE% *}" = $((262144 + 8192)) ] || fail "$MORE bytes were fetched for two pages"
+    [ "${MORE% *}" = $((61440 + 8192)) ] || fail "$MORE bytes were fetched for two pages"
     ;;
 looks)
     mkdir "$T/a"
