@@ -306,6 +306,7 @@ size_t control_attach_put(void *to, size_t cap, const struct control_attach *m)
     wr_u8(&w, m->read_only);
     wr_str(&w, m->device);
     wr_str(&w, m->name);
+    wr_str(&w, m->remote);
     return put_end(&w);
 }
 
@@ -315,6 +316,7 @@ int control_attach_get(const void *p, size_t len, struct control_attach *m)
     m->read_only = rd_u8(&r);
     rd_str(&r, m->device, sizeof m->device);
     rd_str(&r, m->name, sizeof m->name);
+    rd_str(&r, m->remote, sizeof m->remote);
     return m->read_only > 1 ? -EPROTO : get_end(&r);
 }
 

@@ -156,11 +156,11 @@ struct control_watch {
     char path[CONTROL_PATH], name[NAME_CAP], remote[1024];
 };
 
-/* A region of the agent's own store as a block device of this machine. */
+/* A region as a block device of this machine. */
 struct control_attach {
     uint8_t read_only;
     char device[32]; /* "/dev/nbdN" or "auto" */
-    char name[NAME_CAP];
+    char name[NAME_CAP], remote[1024]; /* remote "": in the agent's own store */
 };
 
 struct control_welcome {

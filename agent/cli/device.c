@@ -25,10 +25,16 @@ int command_attach(const struct args *a)
     m.read_only = a->read_only;
     snprintf(m.name, sizeof m.name, "%s", name);
     snprintf(m.device, sizeof m.device, "%s", device);
+    if (a->remote && strlen(a->remote) >= sizeof m.remote)
+        return cli_fail(CLI_USAGE, "the remote's address is too long");
+    snprintf(m.remote, sizeof m.remote, "%s", a->remote ? a->remote : "");
     struct local_agent l;
-    int rc = local_connect(&l);
+    int rc = a->remote ? local_connect_or_start(&l) : local_connect(&l);
     if (rc == -ENOENT)
-        return cli_fail(CLI_FAILED, "no agent is running on %s: start one with --store and --socket", l.socket);
+        return cli_fail(CLI_FAILED,
+                        "no agent is running on %s: name the region's agent by --remote, or start one here with "
+                        "--store and --socket",
+                        l.socket);
     uint8_t message[CONTROL_MAX];
     if (!rc)
         rc = local_send(&l, message, control_attach_put(message, sizeof message, &m));

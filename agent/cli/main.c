@@ -61,11 +61,13 @@ static const struct command commands[] = {
      OPTION_REMOTE | OPTION_NEEDED | OPTION_NAME, 1, 1, command_watch},
     {"stop", "", "stop the local agent once everything is at the remote",
      "Programs run on; what they store later is not replicated until an agent runs again.\n", 0, 0, 0, command_stop},
-    {"attach", "REGION DEVICE", "make a region of the local agent's store a block device, /dev/nbdN",
-     "DEVICE is /dev/nbdN, or auto: a free one, whose path is printed. Needs root, the kernel's nbd module, and an "
-     "agent\n"
-     "that was started with both --store and --socket. --read-only: nothing can be written to it.\n",
-     OPTION_READ_ONLY, 2, 2, command_attach},
+    {"attach", "REGION DEVICE", "make a region a block device of this machine",
+     "DEVICE is /dev/nbdN, or auto: a free one, whose path is printed. Needs root and the kernel's nbd module. The "
+     "region is at the\n"
+     "remote (the local agent is started when there is none), or without one in the local agent's own store. "
+     "--read-only: nothing can be\n"
+     "written to it.\n",
+     OPTION_REMOTE | OPTION_READ_ONLY, 2, 2, command_attach},
     {"detach", "DEVICE", "write back such a device, and let it go",
      "Also one that a killed agent has left. Refused while it is mounted, except with --force.\n", OPTION_FORCE, 1, 1,
      command_detach},

@@ -101,10 +101,11 @@ static void print_devices(json_t *devices)
     char size[32];
     if (!json_array_size(devices))
         return;
-    printf("\n%-12s %10s  %-9s %s\n", "DEVICE", "SIZE", "", "REGION");
-    json_array_foreach(devices, i, each)
-        printf("%-12s %10s  %-9s %s\n", text_of(each, "device"), cli_bytes((uint64_t)number_of(each, "size"), size),
-               json_is_true(json_object_get(each, "read_only")) ? "read-only" : "", text_of(each, "region"));
+    printf("\n%-12s %10s  %-9s %-32s %s\n", "DEVICE", "SIZE", "", "REGION", "REMOTE");
+    json_array_foreach(devices, i, each) printf("%-12s %10s  %-9s %-32s %s\n", text_of(each, "device"),
+                                                cli_bytes((uint64_t)number_of(each, "size"), size),
+                                                json_is_true(json_object_get(each, "read_only")) ? "read-only" : "",
+                                                text_of(each, "region"), text_of(each, "remote"));
 }
 
 static void print_status(json_t *status)

@@ -2,9 +2,9 @@
 
 #include "agent/base/job.h"
 #include "agent/base/log.h"
+#include "agent/hub/hub.h"
 #include "agent/nbd/kernel.h"
 #include "agent/nbd/nbd.h"
-#include "agent/net/addr.h"
 #include "wire/nbd.h"
 
 #include <errno.h>
@@ -19,15 +19,26 @@
 #endif
 
 #define TICK_MS 500u
-#define HANDSHAKE_S 20 /* until the server answers */
-#define GRANT 10u      /* u64 size, u16 flags: EXPORT_NAME's answer */
+#define REACH_MS 10000u /* for a remote to be connected to */
+
+/* Where regions are: the agent's own store (address ""), or a remote's, seen through a hub of one. */
+struct origin {
+    SLIST_ENTRY(origin) link;
+    struct devices *all;
+    struct store *store;
+    struct nbd *nbd;
+    char address[];
+};
+SLIST_HEAD(origin_list, origin);
 
 struct device {
     TAILQ_ENTRY(device) link;
     struct devices *all;
-    int index;
-    bool read_only, asked; /* asked: connecting; no device yet */
-    uint64_t size;
+    struct origin *origin;
+    int index, fd;                   /* fd: the kernel's end of the socket pair */
+    bool read_only, asked, retrying; /* asked: connecting; no device yet */
+    uint64_t size, give_up;          /* give_up: ms */
+    uint16_t flags;
     devices_done *done; /* of devices_attach */
     void *arg;
     int err;
@@ -39,28 +50,30 @@ TAILQ_HEAD(device_list, device);
 struct devices {
     uv_loop_t *loop;
     struct store *store;
-    struct nbd *nbd;
     struct id identity;
     struct device_list list;
-    unsigned busy; /* jobs and questions under way */
+    struct origin_list origins;
+    unsigned busy;    /* jobs and questions under way */
+    unsigned serial;  /* of attaching */
+    unsigned closing; /* origins */
     bool stopping, ending;
     uint64_t looked;
     void (*done)(void *arg);
     void *arg;
-    char host[256], path[];
+    char host[256];
 };
 
-struct devices *devices_new(uv_loop_t *loop, const char *path, const struct id *identity, const char *host)
+struct devices *devices_new(uv_loop_t *loop, const struct id *identity, const char *host)
 {
-    size_t len = strlen(path) + 1;
-    struct devices *d = calloc(1, sizeof *d + len);
+    struct devices *d = calloc(1, sizeof *d);
     if (!d)
         return NULL;
     d->loop = loop;
     d->identity = *identity;
+    d->identity.b[14] ^= 0x6b; /* not that of the agent's own programs */
     snprintf(d->host, sizeof d->host, "%s", host);
-    memcpy(d->path, path, len);
     TAILQ_INIT(&d->list);
+    SLIST_INIT(&d->origins);
     return d;
 }
 
@@ -92,70 +105,11 @@ static void answer(struct device *v, int err, const char *text)
     look(d);
 }
 
-static int all_of(int fd, void *to, size_t len)
-{
-    ssize_t n = recv(fd, to, len, MSG_WAITALL);
-    return n == (ssize_t)len ? 0 : n < 0 ? -errno : -ECONNRESET;
-}
-
-static int shake_hands(int fd, struct device *v, uint16_t *flags)
-{
-    uint8_t greeting[NBD_GREETING], grant[GRANT], ask[4 + NBD_OPTION_HEAD + NBD_NAME_MAX];
-    struct wr w = wr_over(ask, sizeof ask);
-    wr_u32(&w, 3); /* fixed newstyle, no zeroes behind the answer */
-    wr_u64(&w, 0x49484156454f5054u);
-    wr_u32(&w, NBD_OPT_EXPORT_NAME);
-    wr_u32(&w, (uint32_t)strlen(v->region));
-    wr_copy(&w, v->region, strlen(v->region));
-    int rc = all_of(fd, greeting, sizeof greeting);
-    if (!rc && send(fd, ask, wr_len(&w), MSG_NOSIGNAL) != (ssize_t)wr_len(&w))
-        rc = -EPIPE;
-    rc = rc ?: all_of(fd, grant, sizeof grant);
-    v->size = get_u64(grant);
-    *flags = get_u16(grant + 8);
-    return rc;
-}
-
-/* A socket to our own server, for as long as its greeting may take. */
-static int dial(const char *path)
-{
-    struct sockaddr_un to;
-    struct timeval limit = {.tv_sec = HANDSHAKE_S};
-    int dir, rc = addr_unix(path, &to, &dir);
-    if (rc < 0)
-        return rc;
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    rc = fd < 0 || connect(fd, (struct sockaddr *)&to, sizeof to) < 0 ? -errno : 0;
-    if (dir >= 0)
-        close(dir);
-    if (!rc)
-        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
-    if (rc && fd >= 0)
-        close(fd);
-    return rc ? rc : fd;
-}
-
 static void connect_work(void *arg)
 {
     struct device *v = arg;
-    struct timeval none = {0};
-    uint16_t flags = 0;
     kernel_sweep();
-    int fd = dial(v->all->path);
-    v->err = fd < 0 ? fd : shake_hands(fd, v, &flags);
-    if (v->err || v->size < 512) {
-        snprintf(v->text, sizeof v->text, "%.300s: %s", v->region,
-                 v->err ? strerror(-v->err) : "it is smaller than 512 bytes, which no device can be");
-        v->err = v->err ?: -EINVAL;
-        if (fd >= 0)
-            close(fd);
-        return;
-    }
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &none, sizeof none);
-    if (v->read_only)
-        flags |= NBD_FLAG_READ_ONLY;
-    v->read_only = flags & NBD_FLAG_READ_ONLY;
-    v->err = kernel_connect(&v->index, fd, v->size, flags, v->region, v->text);
+    v->err = kernel_connect(&v->index, v->fd, v->size, v->flags, v->region, v->text);
 }
 
 static void connect_done(void *arg)
@@ -175,83 +129,167 @@ static bool others_write(const struct device *v, const struct frame_entry *e)
     return e->leased && !v->read_only && strncmp(e->holder, v->all->host, strlen(v->all->host));
 }
 
-static void on_pinned(void *arg, int err, struct store_pin *pin, const struct frame_entry *e, const char *text)
+static void on_served(void *arg, int err, const char *text, uint64_t size, uint16_t flags)
 {
     struct device *v = arg;
     char line[KERNEL_ERROR];
+    if (!err && size < 512) {
+        err = -EINVAL;
+        text = "it is smaller than 512 bytes, which no device can be";
+    }
+    v->size = size;
+    v->flags = v->read_only ? flags | NBD_FLAG_READ_ONLY : flags;
+    v->read_only = v->flags & NBD_FLAG_READ_ONLY;
+    if (!err)
+        err = job_run(v->all->loop, connect_work, connect_done, v);
+    if (!err)
+        return;
+    close(v->fd);
+    snprintf(line, sizeof line, "%.200s: %.200s", v->region, text && *text ? text : strerror(-err));
+    answer(v, err, line);
+}
+
+static int hand_over(struct device *v)
+{
+    int fds[2];
+    char who[64];
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) < 0)
+        return -errno;
+    v->fd = fds[1];
+    snprintf(who, sizeof who, "kernel device %u of %.24s", ++v->all->serial, v->all->host);
+    int rc = nbd_serve(v->origin->nbd, fds[0], v->region, who, on_served, v);
+    if (rc)
+        close(fds[1]);
+    return rc;
+}
+
+/* A remote that was dialled just now answers as if it were not there. */
+static bool may_come(struct device *v, int err)
+{
+    if (!err || err == -ENOENT || err == -EINVAL || !v->origin->address[0] || v->all->stopping ||
+        uv_now(v->all->loop) > v->give_up)
+        return false;
+    v->retrying = true;
+    return true;
+}
+
+static void on_pinned(void *arg, int err, struct store_pin *pin, const struct frame_entry *e, const char *text)
+{
+    struct device *v = arg;
+    char line[KERNEL_ERROR] = "";
+    if (may_come(v, err))
+        return;
     if (err == -ENOENT)
-        snprintf(line, sizeof line, "%.300s: no such region here; memsync ls tells which there are", v->region);
+        snprintf(line, sizeof line, "%.300s: no such region %s%.100s; memsync ls tells which there are", v->region,
+                 v->origin->address[0] ? "at " : "here", v->origin->address);
     else if (err)
         snprintf(line, sizeof line, "%.200s: %.200s", v->region, text && *text ? text : strerror(-err));
     else if (others_write(v, e))
         snprintf(line, sizeof line, "%.200s is being written by %.200s: attach it with --read-only", v->region,
                  e->holder);
-    else
-        line[0] = 0;
     if (pin)
         store_unpin(pin);
-    if (line[0]) {
-        answer(v, err ? err : -EBUSY, line);
-        return;
-    }
-    int rc = job_run(v->all->loop, connect_work, connect_done, v);
+    int rc = line[0] ? err ? err : -EBUSY : hand_over(v);
     if (rc)
-        answer(v, rc, strerror(-rc));
+        answer(v, rc, line[0] ? line : strerror(-rc));
 }
 
-static int serve(struct devices *d)
+static void ask(struct device *v)
 {
-    char address[4200], bound[4200];
-    if (d->nbd)
-        return 0;
-    d->nbd = nbd_new(d->loop, d->store, &d->identity, d->host);
-    if (!d->nbd)
-        return -ENOMEM;
+    struct store_pin *pin = NULL;
+    static struct frame_entry e;
+    v->retrying = false;
+    int rc = store_ask_pin(v->origin->store, v->region, &pin, &e, on_pinned, v);
+    if (rc != -EINPROGRESS)
+        on_pinned(v, rc, pin, &e, "");
+}
+
+static int origin_open(struct origin *s, char error[STORE_ERROR])
+{
+    struct devices *d = s->all;
+    char url[1100];
+    snprintf(url, sizeof url, "%s%s", hub_is(s->address) ? "" : "hub:", s->address);
+    int rc = s->address[0] ? hub_check(url, error) : 0;
+    if (s->address[0] && !rc)
+        rc = hub_open(&s->store, d->loop, url, &d->identity, d->host, error);
+    else if (!rc)
+        s->store = d->store;
+    if (rc)
+        return rc;
+    s->nbd = nbd_new(d->loop, s->store, &d->identity, d->host);
+    return s->nbd ? 0 : -ENOMEM;
+}
+
+static struct origin *origin_get(struct devices *d, const char *address, char error[STORE_ERROR])
+{
+    struct origin *s;
+    size_t len = strlen(address) + 1;
+    SLIST_FOREACH(s, &d->origins, link)
+    if (!strcmp(s->address, address))
+        return s;
+    s = calloc(1, sizeof *s + len);
+    if (!s)
+        return NULL;
+    s->all = d;
+    memcpy(s->address, address, len);
+    if (origin_open(s, error)) {
+        free(s); /* without memory its store stays: nobody can wait for its end now */
+        return NULL;
+    }
     /* Our memory is what the kernel writes dirty pages back through: it must not wait for that itself (prctl(2)). */
     if (prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) < 0)
         log_info("devices: no PR_SET_IO_FLUSHER: %s", strerror(errno));
-    snprintf(address, sizeof address, "unix:%s", d->path);
-    return nbd_listen(d->nbd, address, bound, sizeof bound);
+    SLIST_INSERT_HEAD(&d->origins, s, link);
+    return s;
 }
 
-int devices_attach(struct devices *d, const char *region, const char *device, bool read_only, devices_done *done,
-                   void *arg)
+int devices_attach(struct devices *d, const char *remote, const char *region, const char *device, bool read_only,
+                   devices_done *done, void *arg, char error[STORE_ERROR])
 {
     int index, rc = kernel_device(device, &index);
     size_t len = strlen(region) + 1;
-    if (rc || d->stopping || !d->store)
-        return rc ? rc : d->stopping ? -ESHUTDOWN : -ENOTSUP;
+    error[0] = 0;
+    if (rc)
+        snprintf(error, STORE_ERROR, "no such device can be: /dev/nbdN, or auto");
+    else if (!*remote && !d->store)
+        snprintf(error, STORE_ERROR,
+                 "this agent has no store of its own: name the region's agent by --remote, or start one with --store "
+                 "and --socket");
+    if (error[0] || d->stopping)
+        return error[0] ? -EINVAL : -ESHUTDOWN;
     struct device *v = calloc(1, sizeof *v + len);
-    if (!v)
-        return -ENOMEM;
-    rc = serve(d);
-    if (rc) {
+    struct origin *s = v ? origin_get(d, remote, error) : NULL;
+    if (!s) {
         free(v);
-        return rc;
+        return error[0] ? -EINVAL : -ENOMEM;
     }
     v->all = d;
+    v->origin = s;
     v->index = index;
     v->read_only = read_only;
     v->asked = true;
+    v->give_up = uv_now(d->loop) + REACH_MS;
     v->done = done;
     v->arg = arg;
     memcpy(v->region, region, len);
     TAILQ_INSERT_TAIL(&d->list, v, link);
     d->busy++;
-    struct store_pin *pin = NULL;
-    static struct frame_entry e;
-    rc = store_ask_pin(d->store, region, &pin, &e, on_pinned, v);
-    if (rc != -EINPROGRESS)
-        on_pinned(v, rc, pin, &e, "");
+    v->retrying = true; /* asked for the first time by the next tick */
     return 0;
 }
 
 void devices_tick(struct devices *d, uint64_t now)
 {
+    struct device *v, *next;
+    for (v = TAILQ_FIRST(&d->list); v; v = next) {
+        next = TAILQ_NEXT(v, link);
+        if (v->retrying)
+            ask(v);
+    }
     if (now - d->looked < TICK_MS || d->stopping)
         return;
     d->looked = now;
-    for (struct device *v = TAILQ_FIRST(&d->list), *next; v; v = next) {
+    for (v = TAILQ_FIRST(&d->list); v; v = next) {
         next = TAILQ_NEXT(v, link);
         if (v->asked || kernel_connected(v->index))
             continue;
@@ -271,6 +309,8 @@ void devices_status(const struct devices *d, FILE *f, void (*text)(FILE *f, cons
         fprintf(f, "%s{\"device\":\"/dev/nbd%d\",\"read_only\":%s,\"size\":%llu,\"region\":", comma, v->index,
                 v->read_only ? "true" : "false", (unsigned long long)v->size);
         text(f, v->region);
+        fputs(",\"remote\":", f);
+        text(f, v->origin->address);
         fputc('}', f);
         comma = ",";
     }
@@ -293,22 +333,32 @@ static void disconnect_done(void *arg)
     look(d);
 }
 
-static void on_nbd_stopped(void *arg)
+static void on_origin_closed(void *arg)
 {
-    struct devices *d = arg;
-    void (*done)(void *) = d->done;
-    void *done_arg = d->arg;
-    free(d);
-    done(done_arg);
+    struct origin *s = arg;
+    struct devices *d = s->all;
+    SLIST_REMOVE(&d->origins, s, origin, link);
+    free(s);
+    d->closing--;
+    look(d);
 }
 
-/* Devices go before their server does. */
+static void on_nbd_stopped(void *arg)
+{
+    struct origin *s = arg;
+    if (s->address[0])
+        store_close(s->store, on_origin_closed, s);
+    else
+        on_origin_closed(s);
+}
+
+/* Devices go before their servers do, those before their stores. */
 static void look(struct devices *d)
 {
-    if (!d->stopping || d->busy || d->ending)
-        return;
     struct device *v, *next;
-    for (v = TAILQ_FIRST(&d->list); v; v = next) {
+    if (!d->stopping || d->busy || d->closing)
+        return;
+    for (v = d->ending ? NULL : TAILQ_FIRST(&d->list); v; v = next) {
         next = TAILQ_NEXT(v, link);
         if (!job_run(d->loop, disconnect_work, disconnect_done, v))
             d->busy++;
@@ -317,17 +367,35 @@ static void look(struct devices *d)
     }
     if (d->busy)
         return;
-    d->ending = true;
-    if (d->nbd)
-        nbd_stop(d->nbd, on_nbd_stopped, d);
-    else
-        on_nbd_stopped(d);
+    if (!d->ending) {
+        struct origin *s;
+        d->ending = true;
+        SLIST_FOREACH(s, &d->origins, link)
+        d->closing++;
+        if (d->closing) {
+            SLIST_FOREACH(s, &d->origins, link)
+            nbd_stop(s->nbd, on_nbd_stopped, s);
+            return;
+        }
+    }
+    void (*done)(void *) = d->done;
+    void *arg = d->arg;
+    free(d);
+    done(arg);
 }
 
 void devices_stop(struct devices *d, void (*done)(void *arg), void *arg)
 {
+    struct device *v, *next;
     d->stopping = true;
     d->done = done;
     d->arg = arg;
+    d->busy++;
+    for (v = TAILQ_FIRST(&d->list); v; v = next) {
+        next = TAILQ_NEXT(v, link);
+        if (v->retrying)
+            answer(v, -ESHUTDOWN, "the agent ends");
+    }
+    d->busy--;
     look(d);
 }

@@ -304,13 +304,6 @@ static void limit_blocks(void)
     hashes_blocks_most = share < BLOCKS_MOST ? share : BLOCKS_MOST;
 }
 
-static struct devices *devices_make(struct local *l)
-{
-    char path[4200];
-    snprintf(path, sizeof path, "%s.nbd", l->socket_path);
-    return devices_new(l->loop, path, &l->identity, l->host);
-}
-
 int local_start(struct local **out, uv_loop_t *loop, const char *socket_path, bool linger, const char *state_dir,
                 char error[512])
 {
@@ -330,7 +323,7 @@ int local_start(struct local **out, uv_loop_t *loop, const char *socket_path, bo
         rc = identity_load(state_dir, &l->identity, error);
     if (!rc)
         rc = records_open(&l->records, state_dir, error);
-    if (!rc && !(l->devices = devices_make(l)))
+    if (!rc && !(l->devices = devices_new(loop, &l->identity, l->host)))
         rc = -ENOMEM;
     if (rc) {
         if (l->listen_fd >= 0) {

@@ -546,16 +546,13 @@ static int on_attach(struct program *p, struct message *msg)
     static struct control_attach m;
     if (control_attach_get(msg->data, msg->len, &m))
         return -EPROTO;
+    char error[STORE_ERROR] = "";
     program_hold(p);
-    int rc =
-        p->local->devices ? devices_attach(p->local->devices, m.name, m.device, m.read_only, attached, p) : -ESHUTDOWN;
+    int rc = !p->local->devices
+                 ? -ESHUTDOWN
+                 : devices_attach(p->local->devices, m.remote, m.name, m.device, m.read_only, attached, p, error);
     if (rc)
-        attached(
-            p, rc,
-            rc == -ENOTSUP
-                ? "this agent has no store of its own: attach asks the one that was started with --store and --socket"
-            : rc == -EINVAL ? "no such device can be: /dev/nbdN, or auto"
-                            : strerror(-rc));
+        attached(p, rc, error[0] ? error : strerror(-rc));
     return 0;
 }
 

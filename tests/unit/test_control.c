@@ -93,7 +93,7 @@ static void watch_fill(void *m)
 
 static void attach_fill(void *m)
 {
-    *(struct control_attach *)m = (struct control_attach){.read_only = 1, .device = "/dev/nbd12", .name = "vm/disk"};
+    *(struct control_attach *)m = (struct control_attach){.read_only = 1, .device = "/dev/nbd12", .name = "vm/disk", .remote = "hostb:7070"};
 }
 
 static void welcome_fill(void *m)

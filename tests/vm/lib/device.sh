@@ -15,10 +15,11 @@ agent_listens() { grep -q '^listening control' "$T/remote.out"; }
 refused() { # CODE PATTERN COMMAND...: it ends so, and says so in one line
     local code=0 want=$1 pattern=$2
     shift 2
-    memsync "$@" >"$T/refused" 2>&1 || code=$?
+    own "$@" >"$T/refused" 2>&1 || code=$?
     [ "$code" = "$want" ] || fail "memsync $*: exit code $code, not $want: $(cat "$T/refused")"
     [ "$(wc -l <"$T/refused")" = 1 ] && grep -q -- "$pattern" "$T/refused" || fail "memsync $* says: $(cat "$T/refused")"
 }
+own() { MEMSYNC_AGENT="$SOCKET" "$BUILD/memsync" "$@"; } # no remote: the agent's own store
 connected() { [ -e "/sys/block/${1#/dev/}/pid" ]; }
 free() { ! connected "$1"; }
 # What the remote has is what it has committed: asked over the wire, not of the plain file.
@@ -28,7 +29,7 @@ at_remote() { # OFFSET TEXT
     [ "$(dd if="$T/copy" bs=1 skip="$1" count="${#2}" status=none)" = "$2" ] || fail "the remote does not have '$2' at $1"
 }
 attach() { # DEVICE [OPTION...]
-    DEV=$(memsync attach "${@:2}" disk "$1" 2>"$T/attach.err") || fail "attach $*: $(cat "$T/attach.err")"
+    DEV=$(own attach "${@:2}" disk "$1" 2>"$T/attach.err") || fail "attach $*: $(cat "$T/attach.err")"
     [ -b "$DEV" ] || fail "attach $* answers $DEV, which is no device"
     connected "$DEV" || fail "$DEV is not connected"
 }
@@ -41,7 +42,7 @@ no_devices() { ! memsync status --json | grep -q '"device"'; }
 mapped() {
     [ "$(blockdev --getsize64 "$DEV")" = $((32 * MIB)) ] || fail "$DEV has $(blockdev --getsize64 "$DEV") bytes"
     cmp "$T/image" "$DEV" || fail "$DEV does not read as the region"
-    memsync status | grep -q "^$DEV .*disk$" || fail "status does not show $DEV: $(memsync status)"
+    memsync status | grep -q "^$DEV .*disk *$" || fail "status does not show $DEV: $(memsync status)"
     "$BUILD/tests/programs/blockmap" "$DEV" $((5 * MIB + 77)) "stored by $1" || fail "blockmap: $?"
     at_remote $((5 * MIB + 77)) "stored by $1"
 }
@@ -115,7 +116,22 @@ for way in netlink ioctl; do
     say "$way: attached, mapped, mounted, killed, detached"
 done
 
+# A region at a remote: the local agent, which has no store, is started by attach, and serves it over a hub of one.
 agent
+rm -f "$T/other.sock"
+other() { MEMSYNC_AGENT="$T/other.sock" MEMSYNC_REMOTE="$REMOTE" "$BUILD/memsync" "$@"; }
+DEV=$(other attach disk auto 2>"$T/attach.err") || fail "attach at a remote: $(cat "$T/attach.err")"
+"$BUILD/tests/programs/blockmap" "$DEV" 4096 | grep -q "^kept over a kill" || fail "$DEV is not the remote's region"
+"$BUILD/tests/programs/blockmap" "$DEV" $((6 * MIB)) "over a hub" || fail "blockmap: $?"
+at_remote $((6 * MIB)) "over a hub"
+other status | grep -q "^$DEV .*disk *$REMOTE" || fail "status does not show $DEV: $(other status)"
+code=0
+other attach nothing auto >"$T/refused" 2>&1 || code=$?
+[ "$code" = 1 ] && grep -q "no such region at" "$T/refused" || fail "attach of what is not there: $code, $(cat "$T/refused")"
+detach "$DEV"
+other stop >/dev/null || fail "the local agent does not stop"
+say "remote: attached over a hub"
+
 nbd-client -unix "$T/nbd.sock" /dev/nbd3 -N disk -b 512 >"$T/nbd-client.out" 2>&1 || fail "nbd-client: $(cat "$T/nbd-client.out")"
 poll 5 connected /dev/nbd3 || fail "nbd-client did not connect"
 "$BUILD/tests/programs/blockmap" /dev/nbd3 8192 "by nbd-client" || fail "blockmap: $?"
