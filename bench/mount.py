@@ -224,6 +224,16 @@ def opens(o):
         mark("open to first byte", "more than a round trip, %s (ms)" % trip_name(ms), p50 - trip, 1)
 
 
+def beside_stream(address, size, count):
+    """Round trips with 4 KiB beside a stream of that many bytes, plain TCP: what the link and the processors cost anybody."""
+    busy = subprocess.Popen([MAPPED, "stream", address, str(2 * size)], stdout=subprocess.DEVNULL, env=clean_env())
+    time.sleep(0.1)
+    got = mapped("trips", address, count)
+    busy.kill()
+    busy.wait()
+    return float(got[1])
+
+
 def beside_pull(o):
     """Single pages touched at random while all the rest streams in."""
     got = {}
@@ -235,6 +245,7 @@ def beside_pull(o):
                 if i == 0:
                     with Tcp(ms) as address:
                         got["TCP", ms] = float(mapped("trips", address, 50)[0])
+                        got["beside", ms] = beside_stream(address, o.size, 20 if ms == 25 else 200)
     for ms in (None, 0, 1, 25):
         trip, item = got["TCP", ms] / 1000, "fault beside the pull, " + trip_name(ms)
         rate = median([o.size / float(v[3]) / 1000 for v in got[ms]])
@@ -243,6 +254,7 @@ def beside_pull(o):
         p99 = median([float(v[2]) for v in got[ms]]) / 1000
         row(item, "memsync", "p99", p99, "ms")
         row(item, "memsync", "rate of the pull", rate, "GB/s")
+        row(item, "TCP beside a TCP stream", "p99", got["beside", ms] / 1000, "ms")
         mark(item, "p99, more than a round trip (ms)", p99 - trip, 3)
 
 
