@@ -4,7 +4,7 @@
 # timeout: 120
 . "$(dirname "$0")/../lib.sh"
 
-cases=(sums tools stdio redirects stats paths waits python numpy buffers locked shared many eager forks lmdb sqlite ripgrep git refused rules orders)
+cases=(sums tools stdio redirects stats paths waits python numpy buffers locked shared many eager forks lmdb sqlite ripgrep git refused rules orders far_orders)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
 # There is no $W/far on this disk: what is opened below it is the remote's. The same files lie in $T/near.
@@ -348,6 +348,22 @@ orders)
         done
         shim MEMSYNC_REGIONS="$far/**=pull,order=$order" -- "$BUILD/tests/programs/pulled" maps "$far/20000000" "$near/20000000"
     done
+    ;;
+far_orders) # what a long path has room for is more of a recorded order's small reads than a server takes at once
+    random long 40000000
+    put long
+    stop_local
+    start_relay --delay 20
+    cat >"$T/scattered.py" <<'END'
+import os, sys, concurrent.futures
+fd = os.open(sys.argv[1], os.O_RDONLY)
+with concurrent.futures.ThreadPoolExecutor(32) as threads:
+    list(threads.map(lambda at: os.pread(fd, 1, at), range(0, 40000000, 65536)))
+END
+    pull MEMSYNC_REGIONS="$far/**=pull,order=recorded" -- python3 "$T/scattered.py" "$far/long"
+    stop_local
+    pull MEMSYNC_REGIONS="$far/**=pull,order=recorded" -- sha256sum "$far/long" | cut -d' ' -f1 >"$T/got"
+    [ "$(cat "$T/got")" = "$(sha256sum <"$near/long" | cut -d' ' -f1)" ] || fail "$(cat "$T/said.err")"
     ;;
 esac
 nothing_local
