@@ -17,6 +17,7 @@
 
 #define HERE (-1)
 #define CHUNK (64u << 10)
+#define COPY_TRIES 3
 #define WRITE_MAX 0x7ffff000u /* what one call of the kernel's writes */
 
 static bool total(const struct iovec *iov, int n, uint64_t *sum)
@@ -63,6 +64,55 @@ static int prepare(struct mount *m, const struct iovec *iov, int n, uint64_t at,
     return rc;
 }
 
+static bool shown(const struct iovec *iov, int n)
+{
+    for (int i = 0; i < n; i++)
+        if (view_shows((uint64_t)(uintptr_t)iov[i].iov_base, (uint64_t)(uintptr_t)iov[i].iov_base + iov[i].iov_len))
+            return true;
+    return false;
+}
+
+/* To memory of our own, pages that are missing waited for. How many bytes could be read. */
+static size_t copied(char *to, char *from, size_t len)
+{
+    size_t sum = 0;
+    for (int tries = 0; sum < len && tries < COPY_TRIES; tries++) {
+        struct iovec here = {to + sum, len - sum}, there = {from + sum, len - sum};
+        ssize_t got = syscall(SYS_process_vm_readv, getpid(), &here, 1, &there, 1, 0);
+        sum += got > 0 ? (size_t)got : 0;
+        if (sum < len)
+            view_buffer((uint64_t)(uintptr_t)from, len); /* where the kernel cannot wait */
+    }
+    return sum;
+}
+
+/* From a mapping of a view by way of other memory. A write holds the lock of the memfd while it waits for the page that
+ * it reads, and the agent, which is to bring that page, asks for the same lock. */
+static ssize_t put_shown(int memory, const struct iovec *iov, int n, uint64_t at)
+{
+    char *buffer = raw_memory(CHUNK);
+    ssize_t sum = 0, done = 0;
+    if (!buffer) {
+        errno = ENOMEM;
+        return -1;
+    }
+    for (int i = 0; i < n; i++)
+        for (size_t from = 0, some, got; from < iov[i].iov_len; from += some) {
+            some = iov[i].iov_len - from < CHUNK ? iov[i].iov_len - from : CHUNK;
+            got = copied(buffer, (char *)iov[i].iov_base + from, some);
+            errno = EFAULT;
+            done = got ? syscall(SYS_pwrite64, memory, buffer, got, at + (uint64_t)sum) : -1;
+            sum += done > 0 ? done : 0;
+            if (done < (ssize_t)some)
+                goto out;
+        }
+out:;
+    int saved = errno;
+    raw_munmap(buffer, CHUNK);
+    errno = saved;
+    return sum ? sum : done;
+}
+
 /* At an offset that is known. Bytes written, or -1. */
 static ssize_t put(struct mount *m, const struct iovec *iov, int n, uint64_t at, uint64_t len)
 {
@@ -79,7 +129,7 @@ static ssize_t put(struct mount *m, const struct iovec *iov, int n, uint64_t at,
         rc = prepare(m, iov, n, at, end);
     int memory = rc ? -1 : view_memory(m);
     if (memory >= 0)
-        done = syscall(SYS_pwritev, memory, iov, n, at, 0);
+        done = shown(iov, n) ? put_shown(memory, iov, n, at) : syscall(SYS_pwritev, memory, iov, n, at, 0);
     else
         errno = rc ? -rc : EIO;
     int saved = errno;

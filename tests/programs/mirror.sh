@@ -4,7 +4,7 @@
 # timeout: 120
 . "$(dirname "$0")/../lib.sh"
 
-cases=(calls errors maps forks execs locks streams appends threads transfers tools redirects python numpy create remove lmdb sqlite_memory sqlite_delete
+cases=(calls sources errors maps forks execs locks streams appends threads transfers tools redirects python numpy create remove lmdb sqlite_memory sqlite_delete
     sqlite_truncate sqlite_persist sqlite_wal sqlite_shared two_programs reader hidden refused no_protection)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
@@ -46,7 +46,7 @@ random f 3000001
 put f
 
 case $1 in
-calls | errors | maps | forks | execs | locks | streams | appends | threads | transfers)
+calls | sources | errors | maps | forks | execs | locks | streams | appends | threads | transfers)
     cp "$near/f" "$T/f"
     ORDER=none # nothing comes but what is asked for
     both "$BUILD/tests/programs/mirrored" "$1" FAR/f

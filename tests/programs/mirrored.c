@@ -226,6 +226,30 @@ static void maps(const char *path)
     close(fd);
 }
 
+/* What is written comes out of mappings of the same file, and nothing of it has been touched before. */
+static void sources(const char *path)
+{
+    int fd = opened(path, O_RDWR);
+    off_t size = size_of(fd), whole = (size + PAGE - 1) / PAGE * PAGE;
+    SAY(ftruncate(fd, whole + 40 * PAGE));
+    char *map = mmap(NULL, (size_t)whole + 50 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    char *own = mmap(NULL, (size_t)whole, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+    SAY(pwrite(fd, "here", 4, 0));
+    SAY(pwrite(fd, map + whole + 3 * PAGE, PAGE, 0));
+    SAY(pwrite(fd, map + 20 * PAGE, PAGE, 0));
+    SAY(pwrite(fd, map + 30 * PAGE + 1, 20 * PAGE, 25 * PAGE + 7));
+    SAY(pwrite(fd, own + 60 * PAGE, 3 * PAGE, PAGE));
+    struct iovec v[3] = {{map + 70 * PAGE, 100}, {(char[]){"between"}, 7}, {own + 80 * PAGE + 9, 5000}};
+    SAY(pwritev(fd, v, 3, 90 * PAGE));
+    SAY(write(fd, map + whole + 10 * PAGE, 5));
+    tell("from mappings", fd);
+    mprotect(map + 100 * PAGE, PAGE, PROT_NONE);
+    SAY(pwrite(fd, map + 99 * PAGE, 2 * PAGE, 5 * PAGE));
+    SAY(pwrite(fd, map + 100 * PAGE, PAGE, 5 * PAGE));
+    tell("as far as it can be read", fd);
+    close(fd);
+}
+
 static void wait_all(int n)
 {
     int status;
@@ -560,9 +584,10 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(const char *);
-    } table[] = {{"calls", calls},   {"errors", errors},   {"maps", maps},           {"forks", forks},
-                 {"locks", locks},   {"streams", streams}, {"appends", appends},     {"threads", threads},
-                 {"stores", stores}, {"rounds", rounds},   {"transfers", transfers}, {"inherited", inherited}};
+    } table[] = {{"calls", calls},        {"sources", sources}, {"errors", errors},   {"maps", maps},
+                 {"forks", forks},        {"locks", locks},     {"streams", streams}, {"appends", appends},
+                 {"threads", threads},    {"stores", stores},   {"rounds", rounds},   {"transfers", transfers},
+                 {"inherited", inherited}};
     if (argc == 3 && !strcmp(argv[1], "execs")) {
         execs(argv[2], argv[0]);
         return 0;
