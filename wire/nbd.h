@@ -94,7 +94,8 @@ enum nbd_chunk {
     NBD_CHUNK_DATA,   /* u64 offset, bytes */
     NBD_CHUNK_HOLE,   /* u64 offset, u32 length */
     NBD_CHUNK_STATUS = 5, /* u32 context, {u32 length, u32 NBD_STATE_* bits}... */
-    NBD_CHUNK_ERROR = 0x8001 /* u32 error, u16 length, text */
+    NBD_CHUNK_ERROR = 0x8001, /* u32 error, u16 length, text */
+    NBD_CHUNK_ERROR_AT        /* the same, and u64 offset */
 };
 #define NBD_CHUNK_DONE 1u /* flag: the last of its reply */
 #define NBD_STATE_HOLE 1u
