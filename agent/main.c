@@ -8,6 +8,7 @@
 #include "agent/hub/hub.h"
 #include "agent/nbd/nbd.h"
 #include "agent/net/grants.h"
+#include "agent/nbd/store.h"
 #include "agent/net/server.h"
 #include "agent/net/tls.h"
 #include "agent/options.h"
@@ -194,8 +195,9 @@ static int start_server(const struct options *o)
     gethostname(host, sizeof host - 1);
     if (identity_load(o->state, &identity, error) < 0)
         return fail(error);
-    int rc = hub_is(o->store) ? hub_open(&agent.store, &agent.loop, o->store, &identity, host, error)
-                              : store_open(&agent.store, &agent.loop, o->store, error);
+    int rc = hub_is(o->store)         ? hub_open(&agent.store, &agent.loop, o->store, &identity, host, error)
+             : nbd_store_is(o->store) ? nbd_store_open(&agent.store, &agent.loop, o->store, &identity, error)
+                                      : store_open(&agent.store, &agent.loop, o->store, error);
     if (rc < 0)
         return fail(error);
     agent.server = server_new(&agent.loop, agent.store, &identity, host);

@@ -3,6 +3,7 @@
 #include "agent/base/identity.h"
 #include "agent/base/version.h"
 #include "agent/hub/hub.h"
+#include "agent/nbd/store.h"
 #include "agent/net/addr.h"
 
 #include <getopt.h>
@@ -20,6 +21,8 @@ static const char help[] =
     "                         file:DIR   region NAME is the file DIR/NAME, crash-safe (journal under DIR/.memsync/)\n"
     "                         mem:       in memory only, gone with the agent\n"
     "                         hub:ADDR,ADDR...  at other agents: each of them gets a copy of all\n"
+    "                         nbd://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH\n"
+    "                                    exports of a block device server are the regions; it has no epochs\n"
     "  --socket PATH        serve this user's programs here (the preload library starts this one by itself)\n"
     "  --linger             leave when no program is connected and all they stored is acknowledged\n"
     "  --state DIR          identity and records; default $XDG_STATE_HOME/memsync or ~/.local/state/memsync\n"
@@ -65,16 +68,18 @@ static int fault(int status, const char *format, ...)
 
 static int store_check(const char *url)
 {
-    static const char *const unbuilt[] = {"dir:", "s3:", "redis:", "nbd:", "nbd+unix:"};
+    static const char *const unbuilt[] = {"dir:", "s3:", "redis:"};
     char error[STORE_ERROR];
     if (!strcmp(url, "mem:") || (!strncmp(url, "file:", 5) && url[5]))
         return OPTIONS_GO;
     if (hub_is(url))
         return hub_check(url, error) ? fault(2, "--store %s", error) : OPTIONS_GO;
+    if (nbd_store_is(url))
+        return nbd_store_check(url, error) ? fault(2, "--store %s", error) : OPTIONS_GO;
     for (size_t i = 0; i < sizeof unbuilt / sizeof *unbuilt; i++)
         if (!strncmp(url, unbuilt[i], strlen(unbuilt[i])))
-            return fault(3, "--store %s: not built; file:DIR, mem: and hub:ADDR,ADDR... are", url);
-    return fault(2, "--store %s is not a store: file:DIR, mem: or hub:ADDR,ADDR...", url);
+            return fault(3, "--store %s: not built; file:DIR, mem:, hub:ADDR,ADDR... and nbd://HOST:PORT/EXPORT are", url);
+    return fault(2, "--store %s is not a store: file:DIR, mem:, hub:ADDR,ADDR... or nbd://HOST:PORT/EXPORT", url);
 }
 
 static bool tls_given(const struct options *o)
@@ -119,7 +124,7 @@ static int options_check(struct options *o)
         return fault(2, "nothing to do: give --listen and --store, or --socket");
     int rc = o->store ? store_check(o->store) : OPTIONS_GO;
     if (rc == OPTIONS_GO && o->store && !o->listen_n && !o->nbd_n && strncmp(o->store, "file:", 5))
-        rc = fault(2, "--store mem: or hub: without --listen could be reached by nobody");
+        rc = fault(2, "--store mem:, hub: or nbd:// without --listen could be reached by nobody");
     if (rc == OPTIONS_GO && o->linger && !o->socket)
         rc = fault(2, "--linger is for an agent with --socket");
     char error[TLS_ERROR];

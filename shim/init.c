@@ -101,20 +101,20 @@ static bool read_time(const char *name, uint64_t *ms, uint64_t otherwise, bool o
 static bool read_remote(void)
 {
     const char *value = variable("MEMSYNC_REMOTE");
-    static const char *const later[] = {"mem:", "dir:", "s3:", "redis:", "nbd:"};
+    static const char *const later[] = {"mem:", "dir:", "s3:", "redis:", "nbds:"};
     if (!value) {
         say(SAY_WARN,
-            "MEMSYNC_REGIONS is set but MEMSYNC_REMOTE is not: nothing is tracked; set it to host:port, file:DIR or hub:ADDR,ADDR...");
+            "MEMSYNC_REGIONS is set but MEMSYNC_REMOTE is not: nothing is tracked; set it to host:port, file:DIR, hub:ADDR,ADDR... or nbd://HOST:PORT/EXPORT");
         return false;
     }
     for (size_t i = 0; i < sizeof later / sizeof *later; i++)
         if (!strncmp(value, later[i], strlen(later[i])))
             return wrong("MEMSYNC_REMOTE", value,
-                         "as a store of the local agent this is not built; host:port, file:DIR and hub:ADDR,ADDR... are");
+                         "as a store of the local agent this is not built; host:port, file:DIR, hub:ADDR,ADDR... and nbd://HOST:PORT/EXPORT are");
     if (strlen(value) >= sizeof shim.remote)
         return wrong("MEMSYNC_REMOTE", value, "longer than 1023 bytes");
     if (!strchr(value, ':'))
-        return wrong("MEMSYNC_REMOTE", value, "neither host:port nor file:DIR nor hub:ADDR,ADDR...");
+        return wrong("MEMSYNC_REMOTE", value, "neither host:port nor file:DIR nor hub:ADDR,ADDR... nor nbd://HOST:PORT/EXPORT");
     strcpy(shim.remote, value);
     return true;
 }

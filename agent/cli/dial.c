@@ -1,6 +1,7 @@
 #include "agent/cli/dial.h"
 #include "agent/cli/cli.h"
 #include "agent/hub/hub.h"
+#include "agent/nbd/store.h"
 #include "agent/net/addr.h"
 
 #include <errno.h>
@@ -235,7 +236,7 @@ static int start_agent(struct peer *p, const char *store)
     fflush(NULL);
     p->child = fork();
     if (p->child == 0)
-        become_agent(program, store, listen, hub_is(store) ? p->temporary : NULL, out[1]);
+        become_agent(program, store, listen, hub_is(store) || nbd_store_is(store) ? p->temporary : NULL, out[1]);
     int rc = p->child < 0 ? -errno : 0;
     close(out[1]);
     if (!rc)
@@ -271,10 +272,12 @@ int dial(struct peer *p, bool make_store)
         return dial_store(p, p->address + 5, make_store);
     if (hub_is(p->address))
         return hub_check(p->address, hub_error) ? failed(p, -EINVAL, "%s", hub_error) : start_agent(p, p->address);
+    if (nbd_store_is(p->address))
+        return nbd_store_check(p->address, hub_error) ? failed(p, -EINVAL, "%s", hub_error) : start_agent(p, p->address);
     if (addr_parse(&a, p->address))
         return failed(p, -EINVAL,
                       "%s is no address that this program can reach: give HOST:PORT, unix:PATH, "
-                      "file:DIRECTORY or hub:ADDRESS,ADDRESS...",
+                      "file:DIRECTORY, hub:ADDRESS,ADDRESS... or nbd://HOST:PORT/EXPORT",
                       p->address);
     return a.is_unix ? dial_unix(p, a.path) : dial_tcp(p, &a);
 }

@@ -126,7 +126,7 @@ static void help(const struct command *c)
     printf("\n%s.\n", c->summary);
     printf("%s", c->help);
     if (c->options & OPTION_REMOTE)
-        printf("\nADDRESS: HOST:PORT, unix:PATH, file:DIRECTORY of a store here, or hub:ADDRESS,ADDRESS...\n"
+        printf("\nADDRESS: HOST:PORT, unix:PATH, file:DIRECTORY of a store here, hub:ADDRESS,ADDRESS... or nbd://HOST:PORT/EXPORT\n"
                "Without --remote it is that of MEMSYNC_REMOTE.\n");
 }
 

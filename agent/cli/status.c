@@ -2,6 +2,7 @@
 #include "agent/cli/cli.h"
 #include "agent/cli/local.h"
 #include "shim/rules.h"
+#include "wire/nbd_uri.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -118,9 +119,10 @@ static void print_status(json_t *status)
     {
         char out[32], in[32];
         const char *reason = text_of(each, "reason");
-        printf("remote %s is %s%s%s, %s sent, %s received\n", text_of(each, "address"), text_of(each, "state"),
+        printf("remote %s is %s%s%s, %s sent, %s received%s\n", text_of(each, "address"), text_of(each, "state"),
                *reason ? ": " : "", reason, cli_bytes((uint64_t)number_of(each, "bytes_out"), out),
-               cli_bytes((uint64_t)number_of(each, "bytes_in"), in));
+               cli_bytes((uint64_t)number_of(each, "bytes_in"), in),
+               nbd_uri_is(text_of(each, "address")) ? "; a foreign server: no atomic epochs" : "");
     }
     print_views(json_object_get(status, "views"));
     print_devices(json_object_get(status, "devices"));

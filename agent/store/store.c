@@ -68,7 +68,7 @@ static int volume_open(struct volume **out, const char *url, char error[STORE_ER
         return volume_file_open(out, url + 5, error);
     if (!strcmp(url, "mem:"))
         return volume_mem_open(out);
-    static const char *const later[] = {"dir:", "s3:", "redis:", "nbd:"};
+    static const char *const later[] = {"dir:", "s3:", "redis:"};
     for (size_t i = 0; i < sizeof later / sizeof *later; i++)
         if (!strncmp(url, later[i], strlen(later[i]))) {
             snprintf(error, STORE_ERROR, "store %.300s: not built; file:DIR and mem: are", url);

@@ -358,7 +358,7 @@ static bool begin_reading(struct capture *c)
         if (p->cut >= b->size)
             p->cut = UINT64_MAX; /* it never was smaller than it is there */
         p->announce = p->cut != UINT64_MAX || p->size != b->size || (b->created && !b->epoch) || b->moved;
-        p->plain = b->plain;
+        p->plain = b->plain || c->group->link->foreign;
         b->captured_at = uv_now(c->group->link->local->loop);
         b->moved = false;
         b->min_size = UINT64_MAX;

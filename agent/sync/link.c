@@ -1,12 +1,14 @@
 /* A link to one remote: dials, greets, attaches regions, hands answers to groups and comparisons, dials again with
  * back-off when it is lost.
  *
- * Stream 1 is the link's own (attaching, pins, hashes): urgent. Groups number theirs from 2. For a file: or hub: URL the
- * remote is a server of our own, over that store, at the other end of a socket pair: nothing else differs. */
+ * Stream 1 is the link's own (attaching, pins, hashes): urgent. Groups number theirs from 2. For a file:, hub: or
+ * nbd:// URL the remote is a server of our own, over that store, at the other end of a socket pair: nothing else
+ * differs. */
 #include "agent/sync/reconcile.h"
 #include "agent/base/log.h"
 #include "agent/base/xxh3.h"
 #include "agent/hub/hub.h"
+#include "agent/nbd/store.h"
 #include "agent/net/server.h"
 #include "agent/page/page.h"
 #include "agent/store/store.h"
@@ -33,7 +35,8 @@ struct link *link_find(struct local *l, const char *address)
         return NULL;
     }
     k->local = l;
-    k->packs = pack_worth(address);
+    k->foreign = nbd_store_is(address);
+    k->packs = !k->foreign && pack_worth(address);
     k->next_stream = LINK_STREAM;
     k->down_since = uv_now(l->loop);
     k->next = l->links;
@@ -49,15 +52,16 @@ static void link_broken(struct link *k, const char *why)
     log_error("%s: %s", k->address, why);
 }
 
-/* Our own server over file:DIR, or a hub of our own; then one end of a socket pair is a connection like any other. */
+/* Our own server over file:DIR, a hub of our own or a block device server; then one end of a socket pair is a connection like any other. */
 static int serve_ourselves(struct link *k)
 {
     struct local *l = k->local;
     char error[STORE_ERROR], bound[200], sock[4200];
     if (k->server)
         return 0;
-    int rc = hub_is(k->address) ? hub_open(&k->store, l->loop, k->address, &l->identity, l->host, error)
-                                : store_open(&k->store, l->loop, k->address, error);
+    int rc = hub_is(k->address)         ? hub_open(&k->store, l->loop, k->address, &l->identity, l->host, error)
+             : nbd_store_is(k->address) ? nbd_store_open(&k->store, l->loop, k->address, &l->identity, error)
+                                        : store_open(&k->store, l->loop, k->address, error);
     if (rc) {
         snprintf(k->reason, sizeof k->reason, "%.500s", error);
         return rc;
@@ -106,7 +110,7 @@ static void dial(struct link *k)
     snprintf(self.host, sizeof self.host, "%s", k->local->host);
     k->state = LINK_DIALLING;
     int rc = 0;
-    if (!strncmp(k->address, "file:", 5) || hub_is(k->address)) {
+    if (!strncmp(k->address, "file:", 5) || hub_is(k->address) || k->foreign) {
         rc = connect_to_self(k, &self);
     } else {
         k->conn = conn_dial(k->local->loop, k->address, &self, &link_ops, k);
@@ -125,12 +129,13 @@ static void dial(struct link *k)
 void link_tick(struct link *k, uint64_t now)
 {
     char error[STORE_ERROR] = "";
-    if (!strchr(k->address, ':') || !strncmp(k->address, "mem:", 4) || strstr(k->address, "://") ||
+    if (!strchr(k->address, ':') || !strncmp(k->address, "mem:", 4) ||
+        (k->foreign ? nbd_store_check(k->address, error) : strstr(k->address, "://") != NULL) ||
         !strncmp(k->address, "dir:", 4) || (hub_is(k->address) && hub_check(k->address, error))) {
         if (!k->broken)
             link_broken(k, *error ? error
-                                  : "MEMSYNC_REMOTE takes HOST:PORT, unix:PATH, file:DIR or hub:ADDR,ADDR... here; other "
-                                    "stores are not built");
+                                  : "MEMSYNC_REMOTE takes HOST:PORT, unix:PATH, file:DIR, hub:ADDR,ADDR... or nbd://HOST:PORT/EXPORT "
+                                    "here; other stores are not built");
         return;
     }
     if (k->state == LINK_DOWN && !k->local->phase && now >= k->retry_at)

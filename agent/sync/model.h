@@ -64,14 +64,15 @@ struct local {
 
 enum link_state { LINK_DOWN, LINK_DIALLING, LINK_UP };
 
-/* A remote. file: and hub: URLs are served by a server of our own over a socket pair. */
+/* A remote. file:, hub: and nbd:// URLs are served by a server of our own over a socket pair. */
 struct link {
     struct link *next;
     struct local *local;
     char *address;
     enum link_state state;
     struct conn *conn;
-    struct store *store; /* for file: and hub: */
+    bool foreign;        /* a block device server: has no epochs, takes plain pages only */
+    struct store *store; /* for file:, hub: and nbd:// */
     struct server *server;
     uint64_t retry_at, down_since; /* uv_now */
     uint32_t backoff_ms;

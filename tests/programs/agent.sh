@@ -33,7 +33,7 @@ says 2 twice -- --store mem: --store mem: --listen 127.0.0.1:0
 says 2 nobody -- --store mem:
 says 2 --socket -- --listen 127.0.0.1:0 --store mem: --linger
 says 2 leftover -- --listen 127.0.0.1:0 --store mem: leftover
-for url in s3://bucket/x redis://h:1/0 nbd://h dir:/x; do
+for url in s3://bucket/x redis://h:1/0 dir:/x; do
     says 3 "$url" 'not built' -- --listen 127.0.0.1:0 --store "$url"
 done
 says 2 --store -- --nbd 127.0.0.1:0

@@ -1,0 +1,192 @@
+#!/usr/bin/env bash
+# Exports of foreign block device servers as remotes: programs unchanged, bytes compared with the server's own file.
+# cases
+# timeout: 120
+. "$(dirname "$0")/../lib.sh"
+
+FAR=$T/far SERVER=''
+mkdir "$FAR"
+REMOTE="nbd+unix:///disk?socket=$T/nbd.sock"
+
+answers() { timeout 5 nbdinfo --size "nbd+unix:///disk?socket=$T/nbd.sock" >/dev/null 2>&1; }
+serve() { # COMMAND...: a server on $T/nbd.sock
+    rm -f "$T/nbd.sock"
+    "$@" >"$T/server.err" 2>&1 &
+    SERVER=$!
+    poll 10 answers || fail "the server does not answer: $*"
+}
+kit() { serve nbdkit -f -U "$T/nbd.sock" "$@"; }
+qemu() { serve qemu-nbd -t -x disk -k "$T/nbd.sock" -e 8 --cache=writeback "$@"; }
+unserve() {
+    kill -KILL "$SERVER" 2>/dev/null || true
+    wait "$SERVER" 2>/dev/null || true
+}
+image() { head -c $((24 << 20)) /dev/urandom >"$T/image"; cp "$T/image" "$T/before"; }
+bytes() { timeout 60 nbdcopy "$REMOTE" - >"$T/there"; }
+view() { shim MEMSYNC_REGIONS="$FAR/**=$1" -- "${@:2}"; }
+
+read_all() {
+    view pull sha256sum "$FAR/v" >"$T/sum"
+    [ "$(cut -d' ' -f1 <"$T/sum")" = "$(sha256sum <"$T/before" | cut -d' ' -f1)" ] || fail "other bytes are read"
+    stop_local
+}
+STORES="
+import mmap, sys
+f = open(sys.argv[1], 'r+b')
+m = mmap.mmap(f.fileno(), 0)
+for at in (5, 4096 * 7 + 1, len(m) // 2, len(m) - 3):
+    m[at:at + 3] = b'abc'
+m.flush()
+m.close()
+"
+change() { /usr/bin/python3 -c "$STORES" "$1"; }
+mirror_changes() {
+    change "$T/before"
+    view mirror /usr/bin/python3 -c "$STORES" "$FAR/v"
+    stop_local
+    bytes
+    same "$T/before" "$T/there"
+}
+push_all() {
+    head -c $((20 << 20)) /dev/urandom >"$W/f"
+    truncate -s $((24 << 20)) "$W/f"
+    shim MEMSYNC_REGIONS="$W/f=push,initial=push" -- /usr/bin/python3 -c "$STORES" "$W/f"
+    stop_local
+    bytes
+    same "$W/f" "$T/there"
+}
+everything() {
+    read_all
+    mirror_changes
+    push_all
+}
+
+case_nbdkit_file() {
+    requires nbdkit nbdcopy
+    image
+    kit file "$T/image"
+    everything
+}
+case_simple_replies() {
+    requires nbdkit nbdcopy
+    image
+    kit --no-sr file "$T/image"
+    everything
+}
+case_qemu_raw() {
+    requires qemu-nbd nbdcopy
+    image
+    qemu -f raw "$T/image"
+    everything
+}
+case_qemu_qcow2() {
+    requires qemu-nbd qemu-img nbdcopy
+    image
+    qemu-img convert -O qcow2 "$T/image" "$T/q"
+    qemu -f qcow2 "$T/q"
+    everything
+}
+case_sparse() {
+    requires nbdkit nbdcopy
+    kit sparse-random 1G seed=7 percent=0.1
+    timeout 60 nbdcopy "$REMOTE" - | sha256sum | cut -d' ' -f1 >"$T/expected"
+    LIMIT=30 view pull sha256sum "$FAR/v" | cut -d' ' -f1 >"$T/sum"
+    same "$T/expected" "$T/sum"
+}
+case_read_only() {
+    requires nbdkit nbdcopy
+    image
+    kit -r file "$T/image"
+    read_all
+    ! view mirror /usr/bin/python3 -c "$STORES" "$FAR/v" 2>"$T/refused" || fail "a read-only export is written to"
+    grep -q 'for reading only' "$T/refused" || fail "it is not said why: $(cat "$T/refused")"
+    same "$T/before" "$T/image"
+}
+case_too_large() {
+    requires nbdkit nbdcopy
+    image
+    kit file "$T/image"
+    truncate -s $((25 << 20)) "$W/f"
+    shim MEMSYNC_TIMEOUT=3 MEMSYNC_REGIONS="$W/f=push,initial=push" -- /usr/bin/python3 -c "$STORES" "$W/f" \
+        2>"$T/refused" || true
+    memsync status >"$T/status" || true
+    grep -q "no atomic epochs" "$T/status" || fail "it is not said that there are no epochs: $(cat "$T/status")"
+    grep -q 'holds 25165824 bytes' "$T/status" "$T/refused" || fail "it is not said that it does not fit: $(cat "$T/status" "$T/refused")"
+}
+# The server dies with what it answered in no file; the client says it again to the next one.
+case_server_restarts() {
+    requires nbdkit nbdcopy
+    image
+    kit file "$T/image"
+    view mirror /usr/bin/python3 -c "
+import mmap, sys, time, os
+f = open(sys.argv[1], 'r+b')
+m = mmap.mmap(f.fileno(), 0)
+m[:4] = b'once'
+m.flush()
+open(sys.argv[2], 'w').close()
+while not os.path.exists(sys.argv[3]):
+    time.sleep(0.02)
+m[1 << 20:(1 << 20) + 5] = b'again'
+m.flush()
+" "$FAR/v" "$T/first" "$T/second" &
+    local program=$!
+    poll 20 test -e "$T/first" || fail "the first epoch is not through"
+    unserve
+    : >"$T/second"
+    kit file "$T/image"
+    wait "$program" || fail "the program failed"
+    printf once | dd of="$T/before" conv=notrunc status=none
+    printf again | dd of="$T/before" bs=1M seek=1 conv=notrunc status=none
+    stop_local
+    bytes
+    same "$T/before" "$T/there"
+}
+# The agent dies while it writes an epoch; the next one compares, and the program's bytes win.
+case_agent_killed() {
+    requires qemu-nbd nbdcopy
+    image
+    qemu -f raw "$T/image"
+    view mirror /usr/bin/python3 -c "
+import mmap, sys, os
+f = open(sys.argv[1], 'r+b')
+m = mmap.mmap(f.fileno(), 0)
+open(sys.argv[2], 'w').close()
+for at in range(0, len(m), 8192):
+    m[at:at + 4] = b'kill'
+m.flush()
+" "$FAR/v" "$T/first" 2>>"$T/program.err" &
+    local program=$! agent
+    poll 20 test -e "$T/first" || fail "the program does not begin"
+    agent=$(local_agents)
+    poll 20 changed || fail "nothing is written"
+    kill -KILL $agent
+    wait "$program" || true
+    /usr/bin/python3 -c "
+import mmap, sys
+f = open(sys.argv[1], 'r+b')
+m = mmap.mmap(f.fileno(), 0)
+for at in range(0, len(m), 8192):
+    m[at:at + 4] = b'kill'
+" "$T/before"
+    stop_local
+    bytes
+    same "$T/before" "$T/there"
+}
+changed() { ! cmp -s "$T/before" "$T/image"; }
+# An agent of its own over the export, for others.
+case_store() {
+    requires nbdkit nbdcopy
+    image
+    kit file "$T/image"
+    start_remote "nbd+unix:///disk?socket=$T/nbd.sock"
+    memsync ls >"$T/ls"
+    grep -q disk "$T/ls" || fail "it is not listed: $(cat "$T/ls")"
+    memsync export disk "$T/exported" >"$T/export.out" || fail "export: $(cat "$T/export.out")"
+    same "$T/before" "$T/exported"
+    stop_remote
+}
+
+cases="nbdkit_file simple_replies qemu_raw qemu_qcow2 sparse read_only too_large server_restarts agent_killed store"
+[ "${1:?a case, or list}" = list ] && { printf '%s\n' $cases; exit 0; }
+"case_$1"
