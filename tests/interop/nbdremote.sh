@@ -22,7 +22,7 @@ unserve() {
     wait "$SERVER" 2>/dev/null || true
 }
 image() { head -c $((24 << 20)) /dev/urandom >"$T/image"; cp "$T/image" "$T/before"; }
-bytes() { timeout 60 nbdcopy "$REMOTE" - >"$T/there"; }
+bytes() { timeout 60 nbdcopy --request-size=65536 "$REMOTE" - >"$T/there"; }
 view() { shim MEMSYNC_REGIONS="$FAR/**=$1" -- "${@:2}"; }
 
 read_all() {
@@ -71,6 +71,13 @@ case_simple_replies() {
     requires nbdkit nbdcopy
     image
     kit --no-sr file "$T/image"
+    everything
+}
+case_large_blocks() {
+    requires nbdkit nbdcopy
+    image
+    kit --filter=blocksize-policy file "$T/image" blocksize-minimum=8192 blocksize-preferred=8192 blocksize-maximum=64k \
+        blocksize-error-policy=error
     everything
 }
 case_qemu_raw() {
@@ -187,6 +194,6 @@ case_store() {
     stop_remote
 }
 
-cases="nbdkit_file simple_replies qemu_raw qemu_qcow2 sparse read_only too_large server_restarts agent_killed store"
+cases="nbdkit_file simple_replies large_blocks qemu_raw qemu_qcow2 sparse read_only too_large server_restarts agent_killed store"
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' $cases; exit 0; }
 "case_$1"
