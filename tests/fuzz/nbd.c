@@ -171,7 +171,7 @@ static void enter(void)
     uv_pipe_t *pipe = malloc(sizeof *pipe);
     MUST(pipe && !socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, fds), "no socket pair");
     uv_pipe_init(&w.loop, pipe, 0);
-    MUST(!uv_pipe_open(pipe, fds[1]) && !conn_new(w.nbd, (uv_stream_t *)pipe), "no connection");
+    MUST(!uv_pipe_open(pipe, fds[1]) && conn_new(w.nbd, (uv_stream_t *)pipe, NULL), "no connection");
     w.fd = fds[0];
     give(hello, sizeof hello);
     MUST(take(got, sizeof got) && get_u64(got + 18) == SIZE, "no export");
