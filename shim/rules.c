@@ -254,7 +254,7 @@ static int set_resident(struct rule *rule, const char *value, char error[RULES_E
     if (!size_of(value, &rule->resident))
         return fail(error, "'", quote(value).s, "' is no value of resident=; it is a size, e.g. 512M, 4G", NULL);
     if (rule->mode == RULE_PUSH)
-        return fail(error, "resident= is for pull: under push the file itself is here", NULL);
+        return fail(error, "resident= is for pull and mirror: under push the file itself is here", NULL);
     return 0;
 }
 
@@ -366,8 +366,6 @@ static int parse_rule(struct rule *rule, char *text, const struct rules_defaults
     }
     if (rule->mode == RULE_NONE)
         rule->not_built = NULL;
-    else if (rule->mode == RULE_MIRROR && rule->resident)
-        rule->not_built = "resident= under mirror";
     else if (rule->mode == RULE_PUSH || rule->mode == RULE_MIRROR)
         rule->not_built = strategy_not_built[rule->strategy];
     return rc;

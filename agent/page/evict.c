@@ -15,7 +15,7 @@
  * by up to a quarter of the bound.
  * - When the remote's epoch is lost, what was evicted cannot be had again: it is poisoned like what never came.
  *
- * What is written to (mirror.c) is not evicted: what it has may be nowhere else.
+ * What is written to may be nowhere else: evict_written.c.
  *
  * The queue is only an order. If it cannot grow, or a view that was unbounded or another agent's gets a bound, it is
  * made anew from what is here. */
@@ -38,6 +38,7 @@ void evict_free(struct mount *m)
 {
     free(m->evict.queue);
     m->evict.queue = NULL;
+    hashes_free(&m->evict.came);
 }
 
 void evict_bound(struct mount *m)
@@ -50,11 +51,11 @@ void evict_bound(struct mount *m)
         return;
     least = least && least < BOUND_MIN ? BOUND_MIN : least;
     m->evict.bound = least / PAGE_SIZE;
-    m->evict.full = false;
+    m->evict.full = m->evict.pressed = false;
     evict_room(m, 0);
 }
 
-static void queue_put(struct eviction *e, struct filled f)
+void evict_queue(struct eviction *e, struct filled f)
 {
     struct filled *last = e->n ? &e->queue[(e->first + e->n - 1) % e->cap] : NULL;
     if (last && last->to == f.from && f.to - last->from <= PLAN_WINDOW) {
@@ -88,7 +89,7 @@ void evict_filled(struct mount *m, uint64_t from, uint64_t to)
 {
     if (!m->evict.bound)
         return;
-    queue_put(&m->evict, (struct filled){from, to});
+    evict_queue(&m->evict, (struct filled){from, to});
     evict_room(m, 0);
 }
 
@@ -96,7 +97,7 @@ static void queue_anew(struct mount *m)
 {
     for (uint64_t at = 0; (at = pages_hole_end(&m->pages, at, m->pages.count)) < m->pages.count;) {
         uint64_t end = pages_hole(&m->pages, at, at + PLAN_WINDOW < m->pages.count ? at + PLAN_WINDOW : m->pages.count);
-        queue_put(&m->evict, (struct filled){at, end});
+        evict_queue(&m->evict, (struct filled){at, end});
         at = end;
     }
 }
@@ -132,26 +133,32 @@ int mount_punch(struct mount *m, uint64_t from, uint64_t to)
 void evict_room(struct mount *m, uint64_t pages)
 {
     struct eviction *e = &m->evict;
-    if (!e->bound || m->body || m->state == MOUNT_FAILED || m->pages.have_n + m->pages.asked_n + pages <= e->bound)
+    if (!e->bound || m->state == MOUNT_FAILED || m->pages.have_n + m->pages.asked_n + pages <= e->bound)
         return;
     uint64_t before = m->pages.have_n, over = m->pages.have_n + m->pages.asked_n + pages - e->bound;
     over += e->bound / 16 < MORE ? e->bound / 16 : MORE;
     e->full = true;
+    if (m->body && e->pressed)
+        return;
     if (!e->n)
         queue_anew(m);
     view_punch_begin(m->shared);
     uint64_t spared = 0;
-    for (size_t left = e->n; left && before - m->pages.have_n < over; left--) {
+    bool can = !m->body || evict_written_can(m);
+    for (size_t left = e->n; can && left && before - m->pages.have_n < over; left--) {
         struct filled f = queue_take(e);
         if (is_kept(e, f) && spared + (f.to - f.from) <= e->bound / 2) {
             spared += f.to - f.from;
-            queue_put(e, f);
+            evict_queue(e, f);
+        } else if (m->body) {
+            evict_written(m, f);
         } else {
             mount_punch(m, f.from, f.to);
         }
     }
     view_punch_end(m->shared);
     e->evicted += (before - m->pages.have_n) * PAGE_SIZE;
+    e->pressed = m->body && before - m->pages.have_n < over;
 }
 
 void evict_lead(struct mount *m, uint64_t from, uint64_t to)
@@ -175,7 +182,12 @@ void evict_walk(struct mount *m, uint64_t at)
 /* What is asked for goes before what is here: never more than half, or pages would go as they come. */
 bool evict_can_ask(const struct mount *m)
 {
-    return !m->evict.bound || m->pages.asked_n <= m->evict.bound / 2;
+    const struct eviction *e = &m->evict;
+    if (!e->bound)
+        return true;
+    if (m->body && !m->fetchings && m->pages.have_n + m->pages.asked_n > e->bound + MORE && !evict_written_called(m))
+        return false; /* until something is published; but a call, by which nothing can go, waits for no page */
+    return m->pages.asked_n <= e->bound / 2;
 }
 
 bool evict_next(struct mount *m, uint64_t *from, uint64_t *to)

@@ -545,6 +545,7 @@ static void mount_tick(struct mount *m, uint64_t now)
     }
     mount_settle(m, now);
     follow_tick(m, now);
+    evict_again(m);
     if (!awaited(m) && now - m->idle_since > MOUNT_LINGER_MS)
         mount_free(m);
     else if (now >= m->retry_at)

@@ -164,6 +164,7 @@ void page_joined(struct body *b)
     __atomic_store_n(&m->shared->base, m->base, __ATOMIC_SEQ_CST);
     __atomic_store_n(&m->shared->mirror, 1u, __ATOMIC_SEQ_CST);
     m->lineage = b->lineage;
+    evict_joined(m, !b->unknown);
     fetch_pin(m);
     fetch_swap(m, true);
 }

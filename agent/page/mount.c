@@ -351,12 +351,14 @@ int mount_put(struct mount *m, uint64_t offset, const uint8_t *data, uint64_t le
 {
     uint64_t whole = len / PAGE_SIZE * PAGE_SIZE, rest = len - whole, from = offset / PAGE_SIZE;
     int rc = put_at(m, offset, data, m->eager ? len : whole);
+    evict_came(m, from, data, whole);
     if (!rc && rest && !m->eager) { /* the last page of all */
         static uint8_t last[PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
         memset(last, 0, sizeof last);
         if (data)
             memcpy(last, data + whole, (size_t)rest);
         rc = put_at(m, offset + whole, last, PAGE_SIZE);
+        evict_came(m, from + whole / PAGE_SIZE, last, PAGE_SIZE);
     }
     if (rc)
         return rc;

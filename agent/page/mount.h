@@ -52,6 +52,7 @@
 #include "agent/page/page.h"
 #include "agent/page/pages.h"
 #include "agent/page/plan.h"
+#include "agent/track/hashes.h"
 #include "wire/control.h"
 #include "wire/shared.h"
 
@@ -89,6 +90,8 @@ struct eviction {
     uint64_t walked, ahead; /* where a walk was last, and how far it is led */
     bool full;              /* the bound was reached: the background stops */
     uint64_t evicted;       /* bytes, ever */
+    bool pressed;           /* nothing more can go before something is published, or a moment is over */
+    struct hashes came;     /* of a mirror's pages: what the remote had when they came; UNKNOWN where that is not known */
 };
 
 /* Where a followed region goes on to (follow.c). */
@@ -262,6 +265,7 @@ void opening_ask(struct pager *g, struct opening *o);
 
 /* evict.c */
 int mount_punch(struct mount *m, uint64_t from, uint64_t to); /* what is here of these pages goes. 0 or -errno */
+void evict_queue(struct eviction *e, struct filled f);
 uint32_t evict_moves(const struct control_open *how, bool eager); /* struct view's moves */
 void evict_bound(struct mount *m); /* viewers came or went: the smallest bound counts */
 void evict_free(struct mount *m);
@@ -302,6 +306,14 @@ void mount_settle(struct mount *m, uint64_t now); /* the clock: what the remote 
 bool mount_kept(const struct mount *m);           /* written to, or with something the remote has not got */
 const struct id *mount_lineage(const struct mount *m);
 struct mount *mount_made(struct pager *g, const char *name); /* by OPEN with create, and not at the remote yet */
+
+/* evict_written.c: of what programs write to */
+bool evict_written_called(const struct mount *m); /* a program is in a writing call */
+bool evict_written_can(const struct mount *m); /* between view_punch_begin and _end */
+void evict_written(struct mount *m, struct filled f);
+void evict_came(struct mount *m, uint64_t from, const uint8_t *data, uint64_t len); /* data NULL: zeros */
+void evict_joined(struct mount *m, bool same); /* same: what is here is what the remote has */
+void evict_again(struct mount *m);             /* something was published, or a moment is over */
 
 /* viewers.c */
 /* The mount it came to, if any. */

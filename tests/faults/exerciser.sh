@@ -17,7 +17,7 @@
 
 cases=(push/uffd/disk push/hash/disk push/inotify/disk push/auto/memory push/auto/disk/mem push/uffd/memory/file push/auto/disk/file push/auto/disk/hub
     push/uffd/disk/agent/10ms push/auto/memory/agent/off
-    pull/fault pull/linear pull/recorded pull/none pull/fault/4M pull/linear/4M mirror/fault mirror/none
+    pull/fault pull/linear pull/recorded pull/none pull/fault/4M pull/linear/4M mirror/fault mirror/none mirror/fault/4M mirror/none/4M
     crash/uffd/disk crash/hash/disk crash/auto/memory crash/mirror/fault)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 exerciser=$BUILD/tests/faults/exerciser

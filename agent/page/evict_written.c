@@ -1,0 +1,192 @@
+/* Eviction of mirrors that programs write to (see evict.c for the order in which pages go).
+ *
+ * A page may go when the remote would give it back as it is. What the remote has of it is known by a hash: the one that
+ * was published last, or, of a page that nobody has captured, that of the bytes that came. So nothing goes
+ *
+ * - while a capture or a comparison reads the memfd, or anything captured is not durable: the live pin reads what is;
+ * - while a READ of it is under way, whose answer may be older than what was stored and published since;
+ * - from `base` on, where a hole would mean zeros;
+ * - while a program is in a writing call (struct shared's `calls`), which may have found the page and is about to write
+ *   a part of it. The order is: view.punches odd, then `calls`; the call raises `calls` and then looks at punches.
+ *
+ * A store may come between the look at a page and its going. The page itself is therefore held (vmsplice into a pipe)
+ * while the hole is made, and looked at again when no page table has it any more: what differs is put back, before any
+ * fault is answered, and is dirty.
+ *
+ *     here --hash is the remote's--> held --punched--> missing, if the hash still is; else here, dirty
+ *
+ * When too little can go, a publication is asked for, and threads that wait for pages wait for it: the bound holds
+ * but for what calls need.
+ *
+ * If the agent dies between hole and putting back, a store of those microseconds is lost, of a page that was clean
+ * before; the next agent fetches what was there last. Not seen: what a device writes into such a page by direct I/O
+ * in that moment. */
+#include "agent/page/mount.h"
+
+#include "agent/base/log.h"
+#include "agent/page/uffd.h"
+#include "agent/sync/reconcile.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define HELD 256u /* pages: what a pipe of 1 MiB takes */
+
+/* Of the loop thread, for all mounts. */
+static int held[2] = {-1, -1};
+static uint8_t *seen;
+
+static bool hold_ready(void)
+{
+    if (held[0] < 0 && pipe2(held, O_CLOEXEC | O_NONBLOCK))
+        return false;
+    if (!seen && fcntl(held[1], F_SETPIPE_SZ, HELD * PAGE_SIZE) < (int)(HELD * PAGE_SIZE))
+        return false;
+    if (!seen)
+        seen = malloc((size_t)HELD * PAGE_SIZE);
+    return seen;
+}
+
+static bool at_rest(const struct mount *m)
+{
+    const struct body *b = m->body;
+    const struct region *r = b->region;
+    return r && r->group && b->joined && b->created && m->live && m->state == MOUNT_PINNED && r->attach == ATTACH_DONE &&
+           !b->unknown && !b->refetch && b->durable == b->epoch && b->min_size == UINT64_MAX && !r->group->capture &&
+           !reconcile_reads(r->link, r->group);
+}
+
+bool evict_written_called(const struct mount *m)
+{
+    for (const struct viewer *v = m->viewers; v; v = v->next_mount)
+        if (v->program->shared && __atomic_load_n(&v->program->shared->calls, __ATOMIC_SEQ_CST))
+            return true;
+    return false;
+}
+
+bool evict_written_can(const struct mount *m)
+{
+    return at_rest(m) && hold_ready() && !evict_written_called(m);
+}
+
+static struct page_hash remote_has(const struct mount *m, uint64_t page)
+{
+    struct page_hash h = hashes_get(&m->body->published, page);
+    if (!page_hash_same(h, HASH_UNKNOWN))
+        return h;
+    return page < m->evict.came.pages ? hashes_get(&m->evict.came, page) : HASH_UNKNOWN;
+}
+
+static bool as_there(const struct mount *m, uint64_t page, const uint8_t *bytes)
+{
+    struct page_hash h = remote_has(m, page);
+    return !page_hash_same(h, HASH_UNKNOWN) && page_hash_same(h, page_hash_of(bytes));
+}
+
+/* By a call: in the window, a page that somebody has taken out would be waited for. */
+static bool page_at(const struct mount *m, uint64_t page, uint8_t *to)
+{
+    ssize_t n = pread(m->memfd, to, PAGE_SIZE, (off_t)(page * PAGE_SIZE));
+    if (n > 0)
+        memset(to + n, 0, PAGE_SIZE - (size_t)n);
+    return n > 0;
+}
+
+static bool being_read(const struct mount *m, uint64_t page)
+{
+    for (const struct read *r = m->pager->reads; r; r = r->next)
+        if (r->mount == m && page * PAGE_SIZE < r->offset + r->len && r->offset < (page + 1) * PAGE_SIZE)
+            return true;
+    return false;
+}
+
+static void put_back(struct mount *m, uint64_t page, const uint8_t *bytes)
+{
+    int rc = page_copy(page_uffd(), m->window + page * PAGE_SIZE, bytes, PAGE_SIZE);
+    if (rc && pwrite(m->memfd, bytes, PAGE_SIZE, (off_t)(page * PAGE_SIZE)) != PAGE_SIZE) {
+        log_error("%s: page %llu could not be put back: %s", m->name, (unsigned long long)page, strerror(-rc));
+        mount_fail(m, -EIO, "no memory for what a program stored");
+        return;
+    }
+    pages_came(&m->pages, page, page + 1);
+    extents_add(&m->body->dirty, page * PAGE_SIZE, (page + 1) * PAGE_SIZE);
+    mount_wake(m, page, page + 1);
+}
+
+/* All of [from, to) is here, and as the remote has it. */
+static void let_go(struct mount *m, uint64_t from, uint64_t to)
+{
+    size_t len = (size_t)((to - from) * PAGE_SIZE), have = 0;
+    struct iovec iov = {m->window + from * PAGE_SIZE, len};
+    ssize_t n = vmsplice(held[1], &iov, 1, SPLICE_F_NONBLOCK);
+    uint64_t end = n < 0 ? from : from + (uint64_t)n / PAGE_SIZE;
+    if (end > from && mount_punch(m, from, end))
+        log_info("%s: pages cannot be taken out: %s", m->name, strerror(errno));
+    while (n > 0 && have < (size_t)n) {
+        ssize_t got = read(held[0], seen + have, (size_t)n - have);
+        if (got <= 0)
+            break;
+        have += (size_t)got;
+    }
+    for (uint64_t page = from; page < end; page++)
+        if (!pages_bit(m->pages.have, page) && !as_there(m, page, seen + (page - from) * PAGE_SIZE))
+            put_back(m, page, seen + (page - from) * PAGE_SIZE);
+}
+
+void evict_written(struct mount *m, struct filled f)
+{
+    static uint8_t page[PAGE_SIZE] __attribute__((aligned(16)));
+    uint64_t most = m->base < m->size ? m->base / PAGE_SIZE : mount_pages(m), from = f.from;
+    while (from < f.to) {
+        uint64_t to = from;
+        while (to < f.to && to < most && to - from < HELD && pages_bit(m->pages.have, to) && !being_read(m, to) &&
+               page_at(m, to, page) && as_there(m, to, page))
+            to++;
+        if (to > from)
+            let_go(m, from, to);
+        from = to > from ? to : to + 1;
+    }
+    if (pages_hole_end(&m->pages, f.from, f.to < m->pages.count ? f.to : m->pages.count) < f.to)
+        evict_queue(&m->evict, f);
+}
+
+void evict_came(struct mount *m, uint64_t from, const uint8_t *data, uint64_t len)
+{
+    struct hashes *h = &m->evict.came;
+    for (uint64_t page = from; m->evict.bound && len >= PAGE_SIZE && page < h->pages; page++, len -= PAGE_SIZE)
+        hashes_set(h, page, data ? page_hash_of(data + (page - from) * PAGE_SIZE) : HASH_ZEROS);
+}
+
+void evict_joined(struct mount *m, bool same)
+{
+    static uint8_t bytes[PAGE_SIZE] __attribute__((aligned(16)));
+    struct hashes *h = &m->evict.came;
+    h->bare = true;
+    if (!m->evict.bound || hashes_room(h, m->pages.count))
+        return;
+    hashes_doubt(h, 0, m->pages.count);
+    for (uint64_t page = 0; same && (page = pages_hole_end(&m->pages, page, m->pages.count)) < m->pages.count; page++)
+        if (page_at(m, page, bytes))
+            hashes_set(h, page, page_hash_of(bytes));
+}
+
+void evict_again(struct mount *m)
+{
+    struct eviction *e = &m->evict;
+    if (!m->body || !e->bound || !e->pressed || m->state == MOUNT_FAILED)
+        return;
+    e->pressed = false;
+    evict_room(m, 0);
+    struct region *r = m->body->region;
+    if (e->pressed && r && r->group && !r->group->capture) {
+        r->group->wanted = true;
+        group_kick(r->group);
+    }
+    fetch_wanted(m);
+    fetch_step(m);
+    fetch_pump(m->pager);
+}
