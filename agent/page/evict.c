@@ -26,7 +26,6 @@
 #include <stdlib.h>
 
 #define BOUND_MIN (4u << 20) /* the windows of a few threads, and what a call reads at a time */
-#define MORE 256u            /* pages taken out beyond what is needed */
 
 uint32_t evict_moves(const struct control_open *how, bool eager)
 {
@@ -47,7 +46,7 @@ void evict_bound(struct mount *m)
     for (const struct viewer *v = m->viewers; v; v = v->next_mount)
         if (v->resident && (!least || v->resident < least))
             least = v->resident;
-    if (!m->viewers || m->eager || !m->shared->moves)
+    if (!m->viewers || m->eager || !m->shared->moves || m->evict.huge)
         return;
     least = least && least < BOUND_MIN ? BOUND_MIN : least;
     m->evict.bound = least / PAGE_SIZE;
@@ -65,8 +64,10 @@ void evict_queue(struct eviction *e, struct filled f)
     if (e->n == e->cap) {
         size_t cap = e->cap ? e->cap * 2 : 64;
         struct filled *more = malloc(cap * sizeof *more);
-        if (!more)
+        if (!more) {
+            e->anew = true;
             return;
+        }
         for (size_t i = 0; i < e->n; i++)
             more[i] = e->queue[(e->first + i) % e->cap];
         free(e->queue);
@@ -95,6 +96,8 @@ void evict_filled(struct mount *m, uint64_t from, uint64_t to)
 
 static void queue_anew(struct mount *m)
 {
+    m->evict.n = 0;
+    m->evict.anew = false;
     for (uint64_t at = 0; (at = pages_hole_end(&m->pages, at, m->pages.count)) < m->pages.count;) {
         uint64_t end = pages_hole(&m->pages, at, at + PLAN_WINDOW < m->pages.count ? at + PLAN_WINDOW : m->pages.count);
         evict_queue(&m->evict, (struct filled){at, end});
@@ -136,11 +139,11 @@ void evict_room(struct mount *m, uint64_t pages)
     if (!e->bound || m->state == MOUNT_FAILED || m->pages.have_n + m->pages.asked_n + pages <= e->bound)
         return;
     uint64_t before = m->pages.have_n, over = m->pages.have_n + m->pages.asked_n + pages - e->bound;
-    over += e->bound / 16 < MORE ? e->bound / 16 : MORE;
+    over += e->bound / 16 < EVICT_MORE ? e->bound / 16 : EVICT_MORE; /* so that it is not one by one */
     e->full = true;
     if (m->body && e->pressed)
         return;
-    if (!e->n)
+    if (e->anew || !e->n)
         queue_anew(m);
     view_punch_begin(m->shared);
     uint64_t spared = 0;
@@ -185,8 +188,8 @@ bool evict_can_ask(const struct mount *m)
     const struct eviction *e = &m->evict;
     if (!e->bound)
         return true;
-    if (m->body && !m->fetchings && m->pages.have_n + m->pages.asked_n > e->bound + MORE && !evict_written_called(m))
-        return false; /* until something is published; but a call, by which nothing can go, waits for no page */
+    if (m->body && evict_written_must(m))
+        return false;
     return m->pages.asked_n <= e->bound / 2;
 }
 

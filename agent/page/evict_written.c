@@ -31,6 +31,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -38,7 +39,7 @@
 
 /* Of the loop thread, for all mounts. */
 static int held[2] = {-1, -1};
-static uint8_t *seen;
+static uint8_t *seen, *looked;
 
 static bool hold_ready(void)
 {
@@ -46,9 +47,40 @@ static bool hold_ready(void)
         return false;
     if (!seen && fcntl(held[1], F_SETPIPE_SZ, HELD * PAGE_SIZE) < (int)(HELD * PAGE_SIZE))
         return false;
-    if (!seen)
+    if (!seen && !looked)
+        looked = malloc((size_t)HELD * PAGE_SIZE);
+    if (!seen && looked)
         seen = malloc((size_t)HELD * PAGE_SIZE);
     return seen;
+}
+
+/* Whether pages that a call writes into a hole may be huge ones, by a file of the kernel's where the value in force
+ * stands in brackets. */
+static bool says_huge(const char *path)
+{
+    char text[128] = "";
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? 0 : read(fd, text, sizeof text - 1);
+    if (fd >= 0)
+        close(fd);
+    return n > 0 && (strstr(text, "[always]") || strstr(text, "[within_size]") || strstr(text, "[force]"));
+}
+
+/* Looked at once a second. */
+static bool huge_pages(uint64_t now)
+{
+    static uint64_t next;
+    static bool huge;
+    if (huge || now < next)
+        return huge;
+    next = now + 1000;
+    char path[96];
+    huge = says_huge("/sys/kernel/mm/transparent_hugepage/shmem_enabled");
+    for (unsigned kb = 8; kb <= 2048 && !huge; kb *= 2) {
+        snprintf(path, sizeof path, "/sys/kernel/mm/transparent_hugepage/hugepages-%ukB/shmem_enabled", kb);
+        huge = says_huge(path);
+    }
+    return huge;
 }
 
 static bool at_rest(const struct mount *m)
@@ -71,6 +103,19 @@ bool evict_written_called(const struct mount *m)
 bool evict_written_can(const struct mount *m)
 {
     return at_rest(m) && hold_ready() && !evict_written_called(m);
+}
+
+/* Somebody publishes what is stored, sooner or later. */
+static bool is_published(const struct mount *m)
+{
+    const struct region *r = m->body->region;
+    return r && r->group && region_takes_part(r) && !r->group->degraded && !r->link->broken;
+}
+
+bool evict_written_must(const struct mount *m)
+{
+    return m->pages.have_n + m->pages.asked_n > m->evict.bound + EVICT_MORE && !m->fetchings && is_published(m) &&
+           !evict_written_called(m);
 }
 
 static struct page_hash remote_has(const struct mount *m, uint64_t page)
@@ -96,12 +141,23 @@ static bool page_at(const struct mount *m, uint64_t page, uint8_t *to)
     return n > 0;
 }
 
+static bool is_data(const struct mount *m, uint64_t page)
+{
+    off_t at = (off_t)(page * PAGE_SIZE);
+    return lseek(m->memfd, at, SEEK_DATA) == at;
+}
+
 static bool being_read(const struct mount *m, uint64_t page)
 {
     for (const struct read *r = m->pager->reads; r; r = r->next)
         if (r->mount == m && page * PAGE_SIZE < r->offset + r->len && r->offset < (page + 1) * PAGE_SIZE)
             return true;
     return false;
+}
+
+static void doubt(struct mount *m, uint64_t page)
+{
+    extents_add(&m->body->dirty, page * PAGE_SIZE, (page + 1) * PAGE_SIZE);
 }
 
 static void put_back(struct mount *m, uint64_t page, const uint8_t *bytes)
@@ -113,45 +169,87 @@ static void put_back(struct mount *m, uint64_t page, const uint8_t *bytes)
         return;
     }
     pages_came(&m->pages, page, page + 1);
-    extents_add(&m->body->dirty, page * PAGE_SIZE, (page + 1) * PAGE_SIZE);
+    doubt(m, page);
     mount_wake(m, page, page + 1);
 }
 
-/* All of [from, to) is here, and as the remote has it. */
+static void not_kept(struct mount *m)
+{
+    struct eviction *e = &m->evict;
+    if (e->bound)
+        for (struct viewer *v = m->viewers; v; v = v->next_mount)
+            program_notice(v->program,
+                           "%s: resident= is not kept to: the kernel gives huge pages to what is written here "
+                           "(/sys/kernel/mm/transparent_hugepage/shmem_enabled should say never, or advise)",
+                           m->path);
+    e->huge = true;
+    e->bound = 0;
+}
+
+/* It was emptied in its place, as a part of a huge page is, and what we held with it: it is what it was when we looked.
+ */
+static void emptied(struct mount *m, uint64_t page, const uint8_t *bytes)
+{
+    log_error("%s: page %llu could not be taken out", m->name, (unsigned long long)page);
+    if (pwrite(m->memfd, bytes, PAGE_SIZE, (off_t)(page * PAGE_SIZE)) != PAGE_SIZE)
+        mount_fail(m, -EIO, "no memory for what was here");
+    pages_came(&m->pages, page, page + 1);
+    doubt(m, page);
+    not_kept(m);
+}
+
+/* All of [from, to) is here, and was as the remote has it when it was copied to `looked`. */
 static void let_go(struct mount *m, uint64_t from, uint64_t to)
 {
     size_t len = (size_t)((to - from) * PAGE_SIZE), have = 0;
     struct iovec iov = {m->window + from * PAGE_SIZE, len};
     ssize_t n = vmsplice(held[1], &iov, 1, SPLICE_F_NONBLOCK);
     uint64_t end = n < 0 ? from : from + (uint64_t)n / PAGE_SIZE;
-    if (end > from && mount_punch(m, from, end))
-        log_info("%s: pages cannot be taken out: %s", m->name, strerror(errno));
+    int rc = end > from ? mount_punch(m, from, end) : 0;
+    if (rc)
+        log_info("%s: pages cannot be taken out: %s", m->name, strerror(-rc));
     while (n > 0 && have < (size_t)n) {
         ssize_t got = read(held[0], seen + have, (size_t)n - have);
         if (got <= 0)
             break;
         have += (size_t)got;
     }
-    for (uint64_t page = from; page < end; page++)
-        if (!pages_bit(m->pages.have, page) && !as_there(m, page, seen + (page - from) * PAGE_SIZE))
-            put_back(m, page, seen + (page - from) * PAGE_SIZE);
+    for (uint64_t page = from; page < end; page++) {
+        size_t at = (size_t)((page - from) * PAGE_SIZE);
+        if (pages_bit(m->pages.have, page))
+            continue;
+        if (is_data(m, page))
+            emptied(m, page, looked + at);
+        else if (!as_there(m, page, seen + at))
+            put_back(m, page, seen + at);
+    }
 }
 
+/* What of it stays is queued anew; what stays because it is not as the remote has it, or nobody knows, is published. */
 void evict_written(struct mount *m, struct filled f)
 {
-    static uint8_t page[PAGE_SIZE] __attribute__((aligned(16)));
     uint64_t most = m->base < m->size ? m->base / PAGE_SIZE : mount_pages(m), from = f.from;
+    f.to = f.to < m->pages.count ? f.to : m->pages.count;
     while (from < f.to) {
         uint64_t to = from;
-        while (to < f.to && to < most && to - from < HELD && pages_bit(m->pages.have, to) && !being_read(m, to) &&
-               page_at(m, to, page) && as_there(m, to, page))
+        while (to < f.to && to < most && to - from < HELD && pages_bit(m->pages.have, to) && !being_read(m, to)) {
+            uint8_t *copy = looked + (to - from) * PAGE_SIZE;
+            if (!page_at(m, to, copy))
+                break;
+            if (!as_there(m, to, copy)) {
+                doubt(m, to);
+                break;
+            }
             to++;
+        }
         if (to > from)
             let_go(m, from, to);
         from = to > from ? to : to + 1;
     }
-    if (pages_hole_end(&m->pages, f.from, f.to < m->pages.count ? f.to : m->pages.count) < f.to)
-        evict_queue(&m->evict, f);
+    for (uint64_t at = f.from, end; (at = pages_hole_end(&m->pages, at, f.to)) < f.to; at = end) {
+        end = pages_hole(&m->pages, at, f.to);
+        evict_queue(&m->evict, (struct filled){at, end});
+    }
 }
 
 void evict_came(struct mount *m, uint64_t from, const uint8_t *data, uint64_t len)
@@ -174,18 +272,47 @@ void evict_joined(struct mount *m, bool same)
             hashes_set(h, page, page_hash_of(bytes));
 }
 
-void evict_again(struct mount *m)
+void evict_captured(struct mount *m, const struct extents *looked_at)
+{
+    for (size_t i = 0; m->evict.bound && i < looked_at->count; i++) {
+        uint64_t page = looked_at->at[i].start / PAGE_SIZE, to = (looked_at->at[i].end + PAGE_SIZE - 1) / PAGE_SIZE;
+        to = to < m->pages.count ? to : m->pages.count;
+        for (; (page = pages_hole(&m->pages, page, to)) < to; page++)
+            if (is_data(m, page)) {
+                pages_came(&m->pages, page, page + 1);
+                evict_queue(&m->evict, (struct filled){page, page + 1});
+            }
+    }
+}
+
+/* More than may be here, with what calls have made of holes, which is not counted before it is captured. */
+static bool too_much(const struct mount *m)
+{
+    struct stat st;
+    return m->evict.pressed || m->pages.have_n > m->evict.bound ||
+           (!fstat(m->memfd, &st) && (uint64_t)st.st_blocks * 512 / PAGE_SIZE > m->evict.bound);
+}
+
+void evict_again(struct mount *m, bool want)
 {
     struct eviction *e = &m->evict;
-    if (!m->body || !e->bound || !e->pressed || m->state == MOUNT_FAILED)
+    if (!m->body || !e->bound || m->state == MOUNT_FAILED)
         return;
-    e->pressed = false;
-    evict_room(m, 0);
+    if (huge_pages(uv_now(m->pager->link->local->loop)))
+        not_kept(m);
+    bool over = e->bound && too_much(m);
+    if (over) {
+        e->pressed = false;
+        evict_room(m, 0);
+        over = too_much(m);
+    }
     struct region *r = m->body->region;
-    if (e->pressed && r && r->group && !r->group->capture) {
+    if (over && want && r && r->group && !r->group->capture) {
         r->group->wanted = true;
         group_kick(r->group);
     }
+    if (!over && !m->wanted_n)
+        return;
     fetch_wanted(m);
     fetch_step(m);
     fetch_pump(m->pager);

@@ -335,6 +335,7 @@ void fetch_range(struct mount *m, struct answer *a, uint64_t offset, uint64_t le
     if (from < to && plan_touch(&m->plan, from, to))
         evict_walk(m, to);
     evict_keep(m, from, to);
+    fetch_wanted(m); /* a call may ask for more than a fault */
     fetch_step(m);
     fetch_pump(m->pager);
 }
@@ -507,11 +508,11 @@ void page_link_lost(struct link *k)
     }
 }
 
-/* Since when somebody has waited for a page of it; 0: nobody does. */
+/* Since when somebody has waited for the remote to send a page of it; 0: nobody does. Who waits for room does not. */
 static uint64_t waiting_since(const struct mount *m)
 {
     uint64_t since = 0;
-    for (size_t i = 0; i < m->wanted_n; i++)
+    for (size_t i = 0; i < m->wanted_n && !(m->state == MOUNT_PINNED && !evict_can_ask(m)); i++)
         if (!since || m->wanted[i].since < since)
             since = m->wanted[i].since;
     for (const struct read *r = m->pager->reads; r; r = r->next)
@@ -545,7 +546,7 @@ static void mount_tick(struct mount *m, uint64_t now)
     }
     mount_settle(m, now);
     follow_tick(m, now);
-    evict_again(m);
+    evict_again(m, true);
     if (!awaited(m) && now - m->idle_since > MOUNT_LINGER_MS)
         mount_free(m);
     else if (now >= m->retry_at)

@@ -78,7 +78,7 @@ int mount_resize(struct mount *m, uint64_t size)
         pages_resize(&m->pages, old); /* fewer than there is room for */
         return rc;
     }
-    m->evict.n = 0; /* made anew from what is here */
+    m->evict.anew = true;
     m->size = size;
     __atomic_store_n(&m->shared->size, size, __ATOMIC_SEQ_CST);
     if (count < old)
@@ -188,6 +188,16 @@ void page_durable(struct body *b)
     __atomic_store_n(&m->shared->epoch, m->epoch, __ATOMIC_SEQ_CST);
     fetch_pin(m); /* one that was made here */
     mount_settle(m, uv_now(m->pager->link->local->loop));
+}
+
+void page_published(struct body *b, bool want)
+{
+    evict_again(b->mount, want);
+}
+
+void page_captured(struct body *b, const struct extents *looked)
+{
+    evict_captured(b->mount, looked);
 }
 
 void page_lost(struct body *b, const char *why)

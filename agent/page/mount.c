@@ -97,6 +97,7 @@ int mount_window(struct mount *m)
         return -errno;
     madvise(at, len, MADV_DONTFORK);
     madvise(at, len, MADV_DONTDUMP);
+    madvise(at, len, MADV_NOHUGEPAGE); /* a part of a huge page cannot be taken out (evict_written.c) */
     int rc = page_uffd_watch(uffd, at, len);
     if (rc) {
         munmap(at, len);
@@ -425,6 +426,7 @@ static void put_zeros(struct mount *m, uint64_t page)
     }
     pages_came(&m->pages, page, to);
     mount_wake(m, page, to);
+    evict_filled(m, page, to);
 }
 
 void mount_fault(struct mount *m, struct viewer *v, const struct stretch *s, uint64_t page)

@@ -69,6 +69,7 @@
 #define LEARNING_MS 5000u /* nothing is fetched ahead so long when a first order is to be recorded */
 #define BULK_AHEAD_FIRST (8u << 20)
 #define OPENED_MS 2u /* at most so long an opened region's background lets its program go first */
+#define EVICT_MORE 256u         /* pages that a bound may be exceeded by for a moment */
 #define MOUNT_LINGER_MS 10000u /* without viewers: one may be handed on by exec */
 
 struct stretch {
@@ -84,6 +85,7 @@ struct eviction {
     uint64_t bound;        /* pages; 0: none */
     struct filled *queue;  /* a ring: the oldest first; every page that is here is in it */
     size_t first, n, cap;
+    bool anew; /* not every page that is here is in it: it is made anew before the next one goes */
     struct filled kept[4]; /* what calls asked for last: not evicted */
     unsigned kept_turn;
     uint64_t lead, lead_to; /* what may be fetched ahead all the same */
@@ -91,6 +93,7 @@ struct eviction {
     bool full;              /* the bound was reached: the background stops */
     uint64_t evicted;       /* bytes, ever */
     bool pressed;           /* nothing more can go before something is published, or a moment is over */
+    bool huge;              /* a mirror's pages may be parts of huge ones: the bound is not kept */
     struct hashes came;     /* of a mirror's pages: what the remote had when they came; UNKNOWN where that is not known */
 };
 
@@ -313,7 +316,10 @@ bool evict_written_can(const struct mount *m); /* between view_punch_begin and _
 void evict_written(struct mount *m, struct filled f);
 void evict_came(struct mount *m, uint64_t from, const uint8_t *data, uint64_t len); /* data NULL: zeros */
 void evict_joined(struct mount *m, bool same); /* same: what is here is what the remote has */
-void evict_again(struct mount *m);             /* something was published, or a moment is over */
+bool evict_written_must(const struct mount *m); /* the bound holds demand back until pages can go */
+void evict_captured(struct mount *m, const struct extents *looked);
+/* Something was published, or a moment is over: what waits for room goes on, or (want) a publication is asked for. */
+void evict_again(struct mount *m, bool want);
 
 /* viewers.c */
 /* The mount it came to, if any. */

@@ -31,6 +31,9 @@ bool page_made(const struct mount *m, struct id *lineage, uint64_t *epoch);
 void page_joined(struct body *b);                /* the region is attached: it will be written to */
 int page_writable(const struct body *b);         /* 0: now; 1: not yet; or a negative errno: never */
 void page_durable(struct body *b);               /* b->durable has risen */
+/* Epochs of its group have become durable, or a capture is over. want: a publication may be asked for. */
+void page_published(struct body *b, bool want);
+void page_captured(struct body *b, const struct extents *looked); /* of a mirror: a capture has read these */
 void page_lost(struct body *b, const char *why); /* what is not here is not to be had any more */
 
 /* The members of status's "views", each an object; *comma as it goes. text writes a JSON string. */

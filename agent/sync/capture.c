@@ -1,6 +1,7 @@
 #include "agent/sync/capture.h"
 #include "agent/base/job.h"
 #include "agent/base/log.h"
+#include "agent/page/page.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -435,6 +436,9 @@ static int take_out(struct capture *c)
 static void capture_finish(struct capture *c)
 {
     struct group *g = c->group;
+    for (size_t i = 0; i < c->nparts; i++)
+        if (c->parts[i].body->mount)
+            page_captured(c->parts[i].body, &c->parts[i].todo);
     for (size_t i = 0; i < c->nparts; i++)
         if (c->parts[i].announce && (c->err = announce(c, &c->parts[i]))) {
             capture_fail(c);

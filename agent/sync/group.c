@@ -8,6 +8,7 @@
 #include "agent/sync/capture.h"
 #include "agent/sync/reconcile.h"
 #include "agent/base/log.h"
+#include "agent/page/page.h"
 
 #include <errno.h>
 #include <stdarg.h>
@@ -311,6 +312,9 @@ void group_captured(struct group *g)
         if (!w->captured)
             w->assigned = false;
     group_pump(g);
+    for (struct region *r = g->regions; r; r = r->next_group)
+        if (r->body && r->body->mount)
+            page_published(r->body, false);
     group_settle(g);
     group_recover(g);
     group_kick(g);

@@ -163,5 +163,8 @@ void group_durable(struct group *g, uint64_t seq)
         group_pop_durable(g);
     g->last_ack = group_now(g);
     g->retry_ms = 0;
+    for (struct region *r = g->regions; r; r = r->next_group)
+        if (r->body && r->body->mount)
+            page_published(r->body, true);
     group_step(g);
 }
