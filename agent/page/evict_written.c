@@ -15,12 +15,30 @@
  *
  *     here --hash is the remote's--> held --punched--> missing, if the hash still is; else here, dirty
  *
- * When too little can go, a publication is asked for, and threads that wait for pages wait for it: the bound holds
- * but for what calls need.
+ * Who waits for whom, when more is here than may be:
  *
- * If the agent dies between hole and putting back, a store of those microseconds is lost, of a page that was clean
- * before; the next agent fetches what was there last. Not seen: what a device writes into such a page by direct I/O
- * in that moment. */
+ *     thread in a fault --room--> something clean that is in the queue, or a publication
+ *     publication       --------> the remote's disk; never for a page: captures leave holes out
+ *     call that writes  --FETCH-> the remote; never for room (evict_written_must), since while it is under way nothing goes
+ *     call that reads   --FETCH-> the remote; never for room; it holds nothing
+ *
+ * No circle, so demand goes on, if each page that is here comes to the head of the queue and can go there in the end:
+ *
+ * - every page that is here is in the queue, or the queue is made anew before the next one goes (evict.anew: a change
+ *   of size, no memory). What calls have made of holes comes into it when it was captured;
+ * - what is not as the remote has it, or of which that is not known, is counted as dirty: after the publication its
+ *   hash is known;
+ * - each tick looks again, at who waits and at what may go, and asks for a publication if that is not enough;
+ * - where nothing is published (refused, fenced, degraded) the bound holds no demand back.
+ *
+ * Huge pages: a hole in a part of one is made by writing zeros, which the pages that are held show as well. None come
+ * by our copies, nor by faults and the kernel's collecting in the window (MADV_NOHUGEPAGE); one can come by a call that
+ * writes into holes where shmem_enabled says so, and then the bound is not kept, which is said. A page that is there
+ * after its hole was made is written again as it was before.
+ *
+ * If the agent dies before the hole, nothing has happened. Between hole and putting back: the page comes from the
+ * remote again, as it was when it was looked at; a store of the microseconds between look and hole is lost. Not seen:
+ * what is written by direct I/O into such a page after it was looked at the second time. */
 #include "agent/page/mount.h"
 
 #include "agent/base/log.h"
