@@ -6,8 +6,9 @@
  *   paged check FILE                   reads it from beginning to end: all of one version, which it prints
  *   paged random FILE OPS THREADS SEED random loads, reads and transfers, all of version 0; prints nothing
  *   paged transfers FILE OPS THREADS SEED  the same, half of it sendfile
- *   paged publish FILE EPOCHS MS           changes it, msync by msync, one every MS at most: page 0 always and a
- * quarter of the others, and its length by some pages paged follow FILE EPOCHS THREADS       reads it, through a
+ *   paged store FILE OPS THREADS SEED EXPECTED  random loads, stores, reads and writes; what the file must be then goes
+ * to EXPECTED paged publish FILE EPOCHS MS           changes it, msync by msync, one every MS at most: page 0 always
+ * and a quarter of the others, and its length by some pages paged follow FILE EPOCHS THREADS       reads it, through a
  * mapping and by calls, until it is at that epoch: always all of one epoch, never one before what was seen. Prints how
  * many it saw paged walk FILE                    through a mapping, forwards and then backwards
  */
@@ -234,6 +235,74 @@ static void at_random(const char *path, uint64_t ops, unsigned threads, uint64_t
         MUST(!pthread_join(w[i].thread, NULL));
 }
 
+/* ---- store */
+
+/* Every thread has pages of its own, those in whose turn it is, and knows the version of each. */
+struct writer {
+    struct worker w;
+    unsigned turn, turns;
+    uint64_t *map, *versions;
+};
+
+static void *store_at_random(void *arg)
+{
+    struct writer *t = arg;
+    while (t->w.ops--) {
+        uint64_t page = roll(&t->w, t->w.pages / t->turns) * t->turns + t->turn, *at = t->map + page * WORDS;
+        uint64_t *version = &t->versions[page];
+        if (roll(&t->w, 2)) {
+            must_be(*version, at, page, "mapping");
+        } else {
+            MUST(pread(t->w.fd, t->w.buffer, PAGE, (off_t)(page * PAGE)) == PAGE);
+            must_be(*version, t->w.buffer, page, "read");
+        }
+        switch (roll(&t->w, 6)) {
+        case 0:
+            fill(at, page, ++*version);
+            break;
+        case 1:
+            fill(t->w.buffer, page, ++*version);
+            MUST(pwrite(t->w.fd, t->w.buffer, PAGE, (off_t)(page * PAGE)) == PAGE);
+            break;
+        case 2: /* a part of it, out of the mapping: what was there */
+            MUST(pwrite(t->w.fd, at + 100, 1000, (off_t)(page * PAGE + 800)) == 1000);
+            break;
+        default:;
+        }
+        if (!roll(&t->w, 1000))
+            MUST(!msync(at, PAGE, MS_SYNC));
+    }
+    return NULL;
+}
+
+static void store(const char *path, uint64_t ops, unsigned threads, uint64_t seed, const char *expected)
+{
+    static struct writer all[16];
+    int fd = open(path, O_RDWR);
+    MUST(fd >= 0 && threads && threads <= 16);
+    uint64_t pages = pages_of(fd) / threads * threads, *versions = calloc(pages_of(fd), sizeof *versions);
+    uint64_t *map = mmap(NULL, pages_of(fd) * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    MUST(versions && map != MAP_FAILED);
+    for (unsigned i = 0; i < threads; i++) {
+        all[i] = (struct writer){.w = {.fd = fd, .pages = pages, .ops = ops / threads, .random = mix(seed + i)},
+                                 .turn = i,
+                                 .turns = threads,
+                                 .map = map,
+                                 .versions = versions};
+        MUST(!pthread_create(&all[i].w.thread, NULL, store_at_random, &all[i]));
+    }
+    for (unsigned i = 0; i < threads; i++)
+        pthread_join(all[i].w.thread, NULL);
+    MUST(!fsync(fd));
+    FILE *f = fopen(expected, "w");
+    MUST(f);
+    for (uint64_t p = 0; p < pages_of(fd); p++) {
+        fill(all[0].w.buffer, p, versions[p]);
+        MUST(fwrite(all[0].w.buffer, PAGE, 1, f) == 1);
+    }
+    MUST(!fclose(f));
+}
+
 /* ---- epochs. An epoch is the version of page 0; what it is made of follows from its number. */
 
 #define TAIL 5u
@@ -388,6 +457,8 @@ int main(int argc, char **argv)
         walk(argv[2]);
     else if (argc == 6 && (!strcmp(argv[1], "random") || !strcmp(argv[1], "transfers")))
         at_random(argv[2], number(argv[3]), (unsigned)number(argv[4]), number(argv[5]), !strcmp(argv[1], "transfers"));
+    else if (argc == 7 && !strcmp(argv[1], "store"))
+        store(argv[2], number(argv[3]), (unsigned)number(argv[4]), number(argv[5]), argv[6]);
     else if (argc == 5 && !strcmp(argv[1], "publish"))
         publish(argv[2], number(argv[3]), number(argv[4]));
     else if (argc == 5 && !strcmp(argv[1], "follow"))

@@ -5,7 +5,7 @@
 # timeout: 120
 . "$(dirname "$0")/../lib.sh"
 
-cases=(random walks shared killed cut small race long)
+cases=(random stores walks shared killed cut small race long)
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' "${cases[@]}"; exit 0; }
 
 paged=$BUILD/tests/programs/paged
@@ -59,6 +59,20 @@ random)
     evicted 500
     order=none
     watched pull -- "$paged" random "$far/big" $((ops / 4)) 3 "$seed"
+    ;;
+stores) # a mirror: what is stored goes out before its pages go
+    mirror() { shim MEMSYNC_REGIONS="$far/**=mirror,resident=${bound}M,order=$order" MEMSYNC_LOG_FILE="$T/said.err" "$@"; }
+    mib=64
+    for order in none fault; do
+        "$paged" make "$T/made" $((mib * 256))
+        memsync import --force "$T/made" "${far#/}/$order/big" >"$T/import.out" || fail "$(cat "$T/import.out")"
+        mirror -- "$paged" store "$far/$order/big" $((ops * 4)) 3 "$seed" "$T/expected"
+        evicted 16
+        memsync export "${far#/}/$order/big" "$T/exported" >"$T/export.out" || fail "$(cat "$T/export.out")"
+        same "$T/expected" "$T/exported"
+        rm "$T/exported"
+        stop_local
+    done
     ;;
 walks)
     watched pull -- "$paged" walk "$far/big"
