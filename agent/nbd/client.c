@@ -303,19 +303,29 @@ static int64_t answer_take(struct line *l, const uint8_t *at, size_t have)
 
 /* ---- sending ---- */
 
-/* On its own: an answer may be read before the library has said that the request is sent. */
+/* On its own, with its bytes: an answer may be read before the library has said that the request is sent, and one from
+ * a server that has not read all of it ends the call. */
 struct out {
     uv_write_t write;
     struct line *line;
+    struct buf *data;
+    uint8_t *bounce;
     uint8_t head[NBD_REQUEST];
 };
+
+static void out_free(struct out *out)
+{
+    buf_drop(out->data);
+    free(out->bounce);
+    free(out);
+}
 
 static void on_sent(uv_write_t *write, int err)
 {
     struct out *out = write->data;
     if (err && err != UV_ECANCELED && !out->line->closing)
         lose(out->line->c, uv_strerror(err));
-    free(out);
+    out_free(out);
 }
 
 /* What the next chunk is, and sends it. */
@@ -363,19 +373,25 @@ static void chunk_send(struct call *a)
     a->asked = (struct nbd_asked){.command = command, .flags = flags, .cookie = ++c->cookie, .offset = at, .len = len};
     if (command == NBD_CMD_FLUSH)
         a->asked.offset = a->asked.len = 0;
-    struct out *out = malloc(sizeof *out);
+    struct out *out = calloc(1, sizeof *out);
     if (!out) {
         lose(c, "no memory for a request");
         return;
     }
     out->line = a->line;
     out->write.data = out;
+    if (a->changing) {
+        out->bounce = a->bounce;
+        a->bounce = NULL;
+    } else if (command == NBD_CMD_WRITE && !by_writing) {
+        out->data = buf_hold(a->data);
+    }
     nbd_ask(out->head, &a->asked);
     uv_buf_t bufs[2] = {uv_buf_init((char *)out->head, NBD_REQUEST),
                         uv_buf_init((char *)(uintptr_t)payload, payload ? len : 0)};
     int err = uv_write(&out->write, &a->line->u.stream, bufs, payload ? 2 : 1, on_sent);
     if (err) {
-        free(out);
+        out_free(out);
         lose(c, uv_strerror(err));
     }
 }
@@ -387,17 +403,17 @@ static bool overlaps(const struct call *a, const struct call *b)
            b->offset / min * min < (a->offset + a->len + min - 1) / min * min;
 }
 
+/* A FLUSH covers what was answered before it is sent, no more. What rests on an answer that was lost with its server
+ * waits until the write is repeated. */
 static bool must_stand(struct nbd_client *c, const struct call *a)
 {
     struct line *l;
     struct call *b;
-    if (!changes(a))
-        return false;
-    if (!a->told && c->kept_bytes >= NBD_CLIENT_KEPT && c->flushing)
+    if (changes(a) && !a->told && c->kept_bytes >= NBD_CLIENT_KEPT && c->flushing)
         return true;
     TAILQ_FOREACH(l, &c->lines, link)
     TAILQ_FOREACH(b, &l->calls, link)
-    if (changes(b) && overlaps(a, b))
+    if (changes(b) && (changes(a) ? overlaps(a, b) : a->command == NBD_CMD_FLUSH || b->told))
         return true;
     return false;
 }
@@ -410,6 +426,21 @@ static struct line *free_line(struct nbd_client *c)
         (!best || l->bytes < best->bytes))
         best = l;
     return best;
+}
+
+/* Before all that waits: that may be standing for it. */
+static void flush_own(struct nbd_client *c)
+{
+    struct call *a = calloc(1, sizeof *a);
+    if (!a)
+        return; /* the next write tries again */
+    a->c = c;
+    a->command = NBD_CMD_FLUSH;
+    a->done = on_own_flush;
+    a->arg = c;
+    c->ncalls++;
+    c->flushing = true;
+    TAILQ_INSERT_HEAD(&c->waiting, a, link);
 }
 
 static void pump(struct nbd_client *c)
@@ -425,11 +456,8 @@ static void pump(struct nbd_client *c)
         if (a->command == NBD_CMD_FLUSH)
             a->flush = ++c->flush_sent;
         chunk_send(a);
-        if (!c->flushing && c->kept_bytes >= NBD_CLIENT_KEPT / 2 && !c->down) {
-            c->flushing = true;
-            if (nbd_client_flush(c, on_own_flush, c))
-                c->flushing = false;
-        }
+        if (!c->flushing && c->kept_bytes >= NBD_CLIENT_KEPT / 2 && !c->down)
+            flush_own(c);
     }
 }
 
