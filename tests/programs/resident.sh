@@ -62,7 +62,7 @@ random)
     ;;
 stores) # a mirror: what is stored goes out before its pages go
     mirror() { shim MEMSYNC_REGIONS="$far/**=mirror,resident=${bound}M,order=$order" MEMSYNC_LOG_FILE="$T/said.err" "$@"; }
-    mib=64
+    mib=${MIB:-64}
     for order in none fault; do
         "$paged" make "$T/made" $((mib * 256))
         memsync import --force "$T/made" "${far#/}/$order/big" >"$T/import.out" || fail "$(cat "$T/import.out")"
