@@ -4,16 +4,16 @@
  *     opening ---handshake---> up <--lost, reconnected--> down
  *        \______ refused, size changed, read-only now ______\____> broken: everything is answered with the error
  *
- * Order. Requests may be done in any order, but writes (WRITE, ZEROES, TRIM) that overlap are done in the order asked:
+ * Order. Requests may be done in any order, but writes (WRITE, ZEROES) that overlap are done in the order asked:
  * they are never under way at once. A read sees what was answered before it was asked. A flush that is answered with 0
  * has made all durable that was asked for before it and answered with 0, whether the caller had seen the answer or not.
  *
- * Loss. When a connection is lost, all are made anew, with back-off, until nbd_client_close; requests wait. A write is
- * kept (its buf is held) until a FLUSH that was sent after its answer is answered; after a reconnect the kept ones are
- * sent again in order, before anything else. So nothing that was answered is missing when the server died with it in
- * its cache. Kept are at most NBD_CLIENT_KEPT bytes: at half of that the client flushes by itself. A write that was
- * answered and cannot be repeated breaks the client, with a line in the log. When the server has no FLUSH, answered
- * writes are not kept, and a flush is answered when all writes before it are.
+ * Loss. When a connection is lost (or the server says that it shuts down), all are made anew, with back-off, until
+ * nbd_client_close; requests wait. A write is kept (its buf is held) until a FLUSH that was sent after its answer is
+ * answered; after a reconnect the kept ones are sent again in order, before anything else. So nothing that was answered
+ * is missing when the server died with it in its cache. Kept are at most NBD_CLIENT_KEPT bytes: at half of that the
+ * client flushes by itself. A write that was answered and cannot be repeated breaks the client, with a line in the log.
+ * When the server has no FLUSH, answered writes are not kept, and a flush is answered when all writes before it are.
  * What no client can help: a server that lives on may carry out a write of a lost connection late.
  *
  * Sizes. Any offset and length is right: requests are cut to the server's largest block, and made of whole smallest
@@ -44,9 +44,9 @@ struct nbd_client;
 /* What the server offered. Valid from `opened` on; nothing of it changes later. */
 struct nbd_traits {
     uint64_t size; /* in whole smallest blocks */
-    uint32_t block_min, block_preferred, block_max;
-    bool read_only, flush, trim, zeroes, multi_conn;
-    bool structured, allocation; /* holes are told in answers to reads; block status is to be had */
+    uint32_t block_min, block_max;
+    bool read_only, flush, zeroes, multi_conn;
+    bool allocation; /* block status is to be had */
 };
 
 struct nbd_client_watch {
@@ -73,30 +73,16 @@ unsigned nbd_client_conns(const struct nbd_client *c); /* that are up */
  * said of it, or "". */
 typedef void nbd_client_done(void *arg, int err, const char *text);
 
-struct nbd_hole {
-    uint32_t offset, len; /* offset: from the read's */
-};
-struct nbd_holes {
-    uint32_t n, cap;
-    struct nbd_hole at[];
-};
-
 /* All of these: 0, and done comes. -EINVAL: beyond the end, or no length (flush has none). -EROFS: a write to a
  * read-only export. -ENOBUFS: too many at once. -ENOMEM. The range must lie within the size. */
 
-/* `to` is the caller's until done, and all of it is filled then when err is 0 (with an error it holds anything).
- * `holes` (may be NULL, is the caller's until done): which pieces were holes at the server, as far as it told and `cap`
- * has room; `to` has zeros there all the same. In any order. */
-int nbd_client_read(struct nbd_client *c, uint64_t offset, uint32_t len, void *to, struct nbd_holes *holes,
-                    nbd_client_done *done, void *arg);
+/* `to` is the caller's until done, and all of it is filled then when err is 0 (with an error it holds anything). */
+int nbd_client_read(struct nbd_client *c, uint64_t offset, uint32_t len, void *to, nbd_client_done *done, void *arg);
 /* data->data + from, len bytes. The buf is held until it is durable; its bytes must not change from now on. */
 int nbd_client_write(struct nbd_client *c, uint64_t offset, uint32_t len, struct buf *data, uint32_t from,
                      nbd_client_done *done, void *arg);
-/* Reads as zeros afterwards. hole: the server may give the space back. A server without WRITE_ZEROES is sent zeros. */
-int nbd_client_zeroes(struct nbd_client *c, uint64_t offset, uint64_t len, bool hole, nbd_client_done *done, void *arg);
-/* What is there is of no use any more: reads as anything afterwards. Whole smallest blocks only; done(0) at a server
- * without TRIM. */
-int nbd_client_trim(struct nbd_client *c, uint64_t offset, uint64_t len, nbd_client_done *done, void *arg);
+/* Reads as zeros afterwards; the server may give the space back. One without WRITE_ZEROES is sent zeros. */
+int nbd_client_zeroes(struct nbd_client *c, uint64_t offset, uint64_t len, nbd_client_done *done, void *arg);
 int nbd_client_flush(struct nbd_client *c, nbd_client_done *done, void *arg);
 
 struct nbd_extent {
@@ -108,8 +94,8 @@ struct nbd_extents {
     struct nbd_extent at[];
 };
 /* What the bytes from `offset` on are: in order and without gaps, at least the first extent of [offset, offset + len),
- * as far as the server told and `cap` (>= 1) has room; ask again behind them. Neighbours differ in state. Without
- * `allocation` among the traits: all data. `to` is the caller's until done. */
+ * as far as the server told and `cap` (>= 1) has room; ask again behind them. Neighbours differ in state. -ENOTSUP
+ * without `allocation` among the traits. `to` is the caller's until done. */
 int nbd_client_status(struct nbd_client *c, uint64_t offset, uint64_t len, struct nbd_extents *to,
                       nbd_client_done *done, void *arg);
 

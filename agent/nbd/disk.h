@@ -157,7 +157,7 @@ struct store_pin *disk_pin(struct disk *d);
 void disk_read_open(struct disk *d);
 void disk_read_forget(struct disk *d);
 void disk_changing(struct disk *d, uint64_t from, uint64_t to); /* about to be written */
-/* Reads what is there. done as nbd_client_read's; holes need not be asked for. */
+/* Reads what is there. done as nbd_client_read's. */
 int disk_read(struct disk *d, uint64_t offset, uint32_t len, uint8_t *to, nbd_client_done *done, void *arg);
 int disk_pin_live(struct store_pin *pin, const struct id *owner);
 /* Why these bytes cannot be read any more as they were, or 0. */

@@ -183,7 +183,7 @@ static bool block_ask(struct disk *d, uint64_t at)
         return false;
     uint64_t left = d->traits.size - at;
     b->len = left < AHEAD_BLOCK ? (uint32_t)left : AHEAD_BLOCK;
-    if (nbd_client_read(d->client, at, b->len, bytes, NULL, on_block, b)) {
+    if (nbd_client_read(d->client, at, b->len, bytes, on_block, b)) {
         block_free(b);
         return false;
     }
@@ -278,7 +278,7 @@ int disk_read(struct disk *d, uint64_t offset, uint32_t len, uint8_t *to, nbd_cl
     follow(d, offset, len);
     if (covered(d, offset, offset + len))
         return blocks_read(d, offset, len, to, done, arg, false);
-    return nbd_client_read(d->client, offset, len, to, NULL, done, arg);
+    return nbd_client_read(d->client, offset, len, to, done, arg);
 }
 
 static void pin_mark(struct store_pin *pin, uint64_t from, uint64_t to)

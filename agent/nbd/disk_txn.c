@@ -146,7 +146,7 @@ static void ask_one(struct store_txn *t, const struct frame_extent *e, struct bu
     *a = (struct ask){t, bytes};
     disk_changing(d, e->offset, end);
     int err = data ? nbd_client_write(d->client, e->offset, e->len, data, (uint32_t)(e->data - data->data), on_written, a)
-                   : nbd_client_zeroes(d->client, e->offset, e->len, true, on_written, a);
+                   : nbd_client_zeroes(d->client, e->offset, e->len, on_written, a);
     if (err) {
         free(a);
         refuse(t, err, "%.200s: %s", t->s->url, strerror(-err));

@@ -80,6 +80,13 @@ case_large_blocks() {
         blocksize-error-policy=error
     everything
 }
+# More connections are offered than are let in.
+case_few_connections() {
+    requires nbdkit nbdcopy
+    image
+    kit --filter=limit file "$T/image" limit=2
+    read_all
+}
 case_qemu_raw() {
     requires qemu-nbd nbdcopy
     image
@@ -120,35 +127,53 @@ case_too_large() {
     grep -q "no atomic epochs" "$T/status" || fail "it is not said that there are no epochs: $(cat "$T/status")"
     grep -q 'holds 25165824 bytes' "$T/status" "$T/refused" || fail "it is not said that it does not fit: $(cat "$T/status" "$T/refused")"
 }
-# The server dies with what it answered in no file; the client says it again to the next one.
+# The server dies, again and again, while an epoch of 16 MiB is written: what is under way is lost, and with it all that it
+# has answered and not flushed, which is in the cache of that server and in no file. The client says it again to the next.
 case_server_restarts() {
     requires nbdkit nbdcopy
-    image
-    kit file "$T/image"
+    head -c $((24 << 20)) /dev/urandom >"$T/image"
+    cp "$T/image" "$T/before"
+    local slow=(--filter=log --filter=delay --filter=cache file "$T/image" logfile="$T/log" cache=writeback wdelay=20ms)
+    kit "${slow[@]}"
     view mirror /usr/bin/python3 -c "
-import mmap, sys, time, os
+import mmap, sys
 f = open(sys.argv[1], 'r+b')
 m = mmap.mmap(f.fileno(), 0)
 m[:4] = b'once'
 m.flush()
 open(sys.argv[2], 'w').close()
-while not os.path.exists(sys.argv[3]):
-    time.sleep(0.02)
-m[1 << 20:(1 << 20) + 5] = b'again'
+for at in range(0, 16 << 20, 8192):
+    m[at + 100:at + 105] = b'again'
 m.flush()
-" "$FAR/v" "$T/first" "$T/second" &
-    local program=$!
+" "$FAR/v" "$T/first" &
+    local program=$! kills asked answered
     poll 20 test -e "$T/first" || fail "the first epoch is not through"
+    : >"$T/log"
+    for kills in 1 2 3; do
+        poll 20 answered_some || fail "no writes at kill $kills: $(tail -n 3 "$T/log")"
+        unserve
+        asked=$(grep -c ' Write ' "$T/log") answered=$(grep -c '\.\.\.Write ' "$T/log") || true
+        say "kill $kills: $asked writes asked for, $answered answered"
+        : >"$T/log"
+        kit "${slow[@]}"
+    done
     unserve
-    : >"$T/second"
     kit file "$T/image"
     wait "$program" || fail "the program failed"
-    printf once | dd of="$T/before" conv=notrunc status=none
-    printf again | dd of="$T/before" bs=1M seek=1 conv=notrunc status=none
+    /usr/bin/python3 -c "
+import sys
+f = open(sys.argv[1], 'r+b')
+f.write(b'once')
+for at in range(0, 16 << 20, 8192):
+    f.seek(at + 100)
+    f.write(b'again')
+" "$T/before"
     stop_local
     bytes
     same "$T/before" "$T/there"
+    same "$T/before" "$T/image"
 }
+answered_some() { [ "$(grep -c '\.\.\.Write ' "$T/log")" -ge 100 ]; }
 # The agent dies while it writes an epoch; the next one compares, and the program's bytes win.
 case_agent_killed() {
     requires qemu-nbd nbdcopy
@@ -194,6 +219,6 @@ case_store() {
     stop_remote
 }
 
-cases="nbdkit_file simple_replies large_blocks qemu_raw qemu_qcow2 sparse read_only too_large server_restarts agent_killed store"
+cases="nbdkit_file simple_replies large_blocks few_connections qemu_raw qemu_qcow2 sparse read_only too_large server_restarts agent_killed store"
 [ "${1:?a case, or list}" = list ] && { printf '%s\n' $cases; exit 0; }
 "case_$1"
