@@ -5,7 +5,7 @@ set -euo pipefail
 build="gcc libc6-dev make pkg-config libssl-dev libuv1-dev libxxhash-dev liblz4-dev libffi-dev libjansson-dev"
 demo="python3-lmdb lmdb-utils"
 check="openssl libcmocka-dev clang libclang-rt-14-dev lz4 python3-lmdb python3-numpy lmdb-utils sqlite3 fio ripgrep git libpython3.11-testsuite strace rsync procps util-linux iproute2 qemu-utils libnbd-bin python3-libnbd nbdkit xxd file"
-bench="libssl-dev gnuplot-nox nbdkit libnbd-bin fuse3"
+bench="gnuplot-nox nbdkit libnbd-bin fuse3"
 vm="qemu-system-x86 busybox-static cpio kmod xz-utils e2fsprogs nbd-client"
 
 wanted=()

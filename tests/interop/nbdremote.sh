@@ -102,10 +102,16 @@ case_qemu_qcow2() {
 }
 case_sparse() {
     requires nbdkit nbdcopy
-    kit sparse-random 1G seed=7 percent=0.1
+    kit --filter=log sparse-random 1G seed=7 percent=0.1 logfile="$T/log"
     timeout 60 nbdcopy "$REMOTE" - | sha256sum | cut -d' ' -f1 >"$T/expected"
+    : >"$T/log"
     LIMIT=30 view pull sha256sum "$FAR/v" | cut -d' ' -f1 >"$T/sum"
     same "$T/expected" "$T/sum"
+    /usr/bin/python3 -c "
+import re, sys
+read = sum(int(m[1], 16) for m in re.finditer(r' Read id=\d+ offset=0x\w+ count=0x(\w+)', open(sys.argv[1]).read()))
+print(read >> 20, 'MiB read')
+sys.exit(not 0 < read < 128 << 20)" "$T/log" || fail "the holes are read"
 }
 case_read_only() {
     requires nbdkit nbdcopy
@@ -193,7 +199,7 @@ m.flush()
     agent=$(local_agents)
     poll 20 changed || fail "nothing is written"
     kill -KILL $agent
-    wait "$program" || true
+    wait "$program" || fail "the program failed: $(cat "$T/program.err")"
     /usr/bin/python3 -c "
 import mmap, sys
 f = open(sys.argv[1], 'r+b')
