@@ -119,8 +119,9 @@ static int64_t take_blocks(struct nbd_hello *h, struct rd *r)
     uint32_t min = rd_u32(r), preferred = rd_u32(r), max = rd_u32(r);
     if (r->bad || rd_left(r))
         return refuse(h, -EPROTO, "the server's block sizes are out of form");
-    if (!min || min & (min - 1) || min > NBD_BLOCK_MAX || max < min || max < 512)
-        return refuse(h, -EPROTO, "the server's block sizes make no sense: smallest %u, largest %u", min, max);
+    if (!min || min & (min - 1) || min > NBD_BLOCK_MAX || preferred & (preferred - 1) || max < min || max < 512)
+        return refuse(h, -EPROTO, "the server's block sizes make no sense: smallest %u, preferred %u, largest %u", min,
+                      preferred, max);
     h->block_min = min;
     h->block_preferred = preferred < min ? min : preferred;
     h->block_max = (max < NBD_PAYLOAD_MAX ? max : NBD_PAYLOAD_MAX) & ~(min - 1);
@@ -159,6 +160,8 @@ static int64_t take_context(struct nbd_hello *h, struct rd r)
     static const char wanted[] = "base:allocation";
     if (r.bad || rd_left(&r) != strlen(wanted) || memcmp(r.at, wanted, strlen(wanted)))
         return refuse(h, -EPROTO, "the server chose a context that was not asked for");
+    if (h->allocation)
+        return refuse(h, -EPROTO, "the server chose the context twice");
     h->context = context;
     h->allocation = true;
     return 0;
@@ -542,7 +545,7 @@ int64_t nbd_answer_step(struct nbd_talk *t, const uint8_t *at, size_t have, stru
     a->extents = NULL;
     a->text[0] = 0;
     if (t->dead)
-        return -EPROTO;
+        return dead(t, a, "the server broke the rules before");
     if (have < 4)
         return 0;
     uint32_t magic = get_u32(at);
