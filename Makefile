@@ -29,7 +29,7 @@ SHIM := $(wildcard shim/*.c) wire/control.c wire/name.c
 AGENT := $(wildcard agent/nbd/*.c agent/base/*.c agent/track/*.c agent/sync/*.c agent/store/*.c agent/hub/*.c agent/net/*.c agent/page/*.c) $(WIRE)
 CLI := $(wildcard agent/cli/*.c)
 UNIT := $(wildcard tests/unit/*.c)
-FUZZ := frame step server reconcile nbd
+FUZZ := frame step server reconcile nbd nbd_client
 PROGRAMS := $(filter-out bench/hashes.c bench/reads.c bench/packing.c bench/beside.c,$(wildcard tests/programs/*.c tests/faults/*.c bench/*.c))
 
 shim_objects := $(SHIM:%.c=$(BUILD)/shim.o/%.o)

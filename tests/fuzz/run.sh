@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ "${1:?a target, list, all SECONDS, or coverage}" = list ] || command -v clang >/dev/null || { echo "SKIP: clang is not installed (make deps)"; exit 77; }
-targets=(frame step server reconcile nbd)
+targets=(frame step server reconcile nbd nbd_client)
 fuzzers=build-fuzz
 
 fuzz() { # TARGET SECONDS
@@ -42,7 +42,7 @@ coverage) # of the codec and what is behind it, by what the runs have come upon 
         objects+=(-object "build-coverage/tests/fuzz/$target")
     done
     llvm-profdata merge -o build-coverage/all.profdata build-coverage/*.profraw
-    llvm-cov report "build-coverage/tests/fuzz/${targets[0]}" "${objects[@]}" -instr-profile=build-coverage/all.profdata wire/frame.c wire/nbd.c agent/nbd agent/net agent/store agent/sync/reconcile.c agent/track/hashes.c |
+    llvm-cov report "build-coverage/tests/fuzz/${targets[0]}" "${objects[@]}" -instr-profile=build-coverage/all.profdata wire/frame.c wire/nbd.c wire/nbd_client.c agent/nbd agent/net agent/store agent/sync/reconcile.c agent/track/hashes.c |
         awk '/\.c / { printf "%-32s lines %6s of %5d   branches %s\n", $1, $10, $8, $13 }'
     ;;
 *)

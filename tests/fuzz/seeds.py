@@ -1,5 +1,6 @@
 #!/usr/bin/python3
-"""Makes the seeds in tests/fuzz/corpus: frame/ from a real exchange between two agents and the tool, server/ from small programs in that target's own words.
+"""Makes the seeds in tests/fuzz/corpus: frame/ from a real exchange between two agents and the tool, server/ from small programs in that target's own words,
+nbd_client/ from what servers answer.
 
     BUILD=build tests/fuzz/seeds.py        needs the parts built (make); run again when the protocol has changed
 
@@ -199,11 +200,63 @@ COMPARISONS = {
     "lies": [0, 0, 0, 2, 0, 3, 1, 0, 90, 2, 0, 0, 0, 0, 0xe1, 0, 9, 3, 0, 0xe2, 0, 30, 0, 0xe4, 0xff],
 }
 
+# The client of block devices: what it is (see make() there), what it asks, and the server's bytes as nbdkit and qemu-nbd send them; or, with 1, that target's words.
+GREETING = b"NBDMAGICIHAVEOPT\0\3"
+READS = bytes([3, 0, 4, 15, 2, 0, 255, 3, 0, 3, 4, 0, 0])  # 16 bytes at 64, the status of 256, a WRITE, a FLUSH
+
+
+def reply(option, kind, data=b""):
+    return struct.pack(">QIII", 0x3E889045565A9, option, kind, len(data)) + data
+
+
+def export(size):
+    return reply(7, 3, struct.pack(">HQH", 0, size, 0xDED)) + reply(7, 1)
+
+
+def simple(cookie, error=0, data=b""):
+    return struct.pack(">IIQ", 0x67446698, error, cookie) + data
+
+
+def chunk(last, kind, cookie, data=b""):
+    return struct.pack(">IHHQI", 0x668E33EF, last, kind, cookie, len(data)) + data
+
+
+def extents(context, *pairs):
+    return struct.pack(">I", context) + b"".join(struct.pack(">II", *p) for p in pairs)
+
+
+UNSUP, CHUNKED = 0x80000001, reply(8, 1) + reply(10, 4, b"\0\0\0\1base:allocation") + reply(10, 1)
+BLOCKS = reply(7, 3, struct.pack(">HIII", 3, 512, 4096, 32 << 20))
+SAID = struct.pack(">IH", 22, 18) + b"operation past EOF"
+CLIENTS = {
+    "pieces": bytes([0, 9]) + READS + GREETING + CHUNKED + BLOCKS + export(65536) + chunk(0, 1, 1, struct.pack(">Q", 64) + b"A" * 8) +
+              chunk(1, 2, 1, struct.pack(">QI", 72, 8)) + chunk(1, 5, 2, extents(1, (128, 0), (128, 3))) + simple(3) + simple(4),
+    "joined": bytes([0, 9]) + READS + GREETING + CHUNKED + export(65536) + chunk(0, 1, 1, struct.pack(">Q", 72) + b"C" * 8) + chunk(0, 2, 1, struct.pack(">QI", 64, 4)) +
+              chunk(0, 1, 1, struct.pack(">Q", 68) + b"B" * 4) + chunk(1, 0, 1) + simple(3),
+    "short": bytes([0, 9]) + READS + GREETING + CHUNKED + export(65536) + simple(3) + chunk(1, 2, 1, struct.pack(">QI", 64, 15)),
+    "behind": bytes([0, 9]) + READS + GREETING + CHUNKED + export(65536) + simple(3) + chunk(1, 5, 2, extents(1, (256, 0), (1, 3))),
+    "blocks": bytes([0, 9]) + READS + GREETING + CHUNKED + reply(7, 3, struct.pack(">HIII", 3, 512, 0, 65536)) + export(65536) + simple(4),
+    "contexts": bytes([0, 9]) + READS + GREETING + CHUNKED[:-20] + CHUNKED[20:] + export(65536) + simple(4),
+    "errors": bytes([0, 9]) + READS + GREETING + CHUNKED + export(65536) + chunk(1, 0x8001, 1, SAID) + chunk(0, 0x8002, 2, SAID + bytes(8)) + chunk(1, 0, 2) + simple(3, 28),
+    "simple": bytes([0, 9]) + READS + GREETING + reply(8, UNSUP) + export(65536) + simple(1, 0, b"0123456789abcdef") + simple(2, 95) + simple(3) + simple(4),
+    "name": bytes([0, 9]) + READS + GREETING + reply(8, UNSUP) + reply(7, UNSUP) + struct.pack(">QH", 65536, 0xDED) + simple(1, 22),
+    "notfixed": bytes([4, 9]) + READS + b"NBDMAGICIHAVEOPT\0\0" + struct.pack(">QH", 65536, 0xD6D) + bytes(124) + simple(4),
+    "list": bytes([2, 9]) + READS + GREETING + reply(3, 2, b"\0\0\0\1r") + reply(3, 2, b"\0\0\0\3d/ea note") + reply(3, 1),
+    "refused": bytes([0, 9]) + READS + GREETING + CHUNKED + reply(7, 0x80000006, b"export 'q' not present"),
+    "oldstyle": bytes([0, 9]) + READS + b"NBDMAGIC\0\0\x42\2\x81\x86\x12\x53" + bytes(136),
+    "answers": bytes([1, 9]) + READS + bytes([0x02, 0x00, 8, 0, 0x02, 0x81, 8, 8, 0x12, 0x83, 2, 128, 128, 0x20, 0x30]),
+    "lies": bytes([1, 9]) + READS + bytes([0x02, 0x04, 3, 5, 0x0A, 0x00, 8, 0, 7, 1, 0x02, 0x86, 0, 0x21, 22, 0x27, 9]),
+    "unstructured": bytes([3, 9]) + READS + bytes([0x30, 0x21, 28, 0x11, 95, 0x00, 0x07, 16]),
+}
+
 if __name__ == "__main__":
-    shutil.rmtree(CORPUS, ignore_errors=True)
+    for target in ("frame", "step", "server", "reconcile", "nbd_client"):  # those of nbd are written by hand
+        shutil.rmtree(CORPUS + "/" + target, ignore_errors=True)
     record()
     for name, program in PROGRAMS.items():
         save("server", name, [0] + program)
     for name, answers in COMPARISONS.items():
         save("reconcile", name, answers)
+    for name, client in CLIENTS.items():
+        save("nbd_client", name, client)
     print(subprocess.run(["du", "-ab", "--max-depth=1", CORPUS], stdout=subprocess.PIPE, text=True).stdout, end="")
