@@ -166,7 +166,7 @@ bool files_unused(uint32_t number);       /* lock held */
 void files_release_idle(uint32_t number); /* releases it if unused. Lock held */
 void files_fork_child(void);              /* lock held */
 
-/* ---- hooks_map.c: ranges */
+/* ---- maps.c: ranges */
 
 extern struct ranges maps;
 void maps_announce_all(bool dirty); /* lock held */

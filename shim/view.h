@@ -230,9 +230,31 @@ ssize_t view_transfer(int from, off64_t *from_at, size_t len, view_move *move, v
 void view_watch(void);        /* lock held */
 void view_watch_forget(void); /* in a forked child */
 
-/* ---- hooks_map.c: changes of either table, under their common sequence. Lock held */
+/* ---- maps.c: changes of either table, under their common sequence. Lock held */
 bool maps_room(struct ranges *t);
 void maps_change_begin(void);
 void maps_change_end(void);
+
+/* ---- maps.c: for the calls that map */
+static inline uint64_t maps_pages(uint64_t len) /* filled up to whole pages */
+{
+    return (len + shim_page - 1) & ~(shim_page - 1);
+}
+/* Whether [start, start + len) touches a range of either table, without the lock; maps_touched: and it is for this
+ * process to care. */
+bool maps_touch(uint64_t start, uint64_t len);
+bool maps_touched(const void *at, size_t len);
+/* Asks the agent for a last look at [start, end) and waits for it. Takes the lock. */
+void maps_retire(uint64_t start, uint64_t end, bool publish);
+/* The raw call failed after all: [start, end) is still mapped, armed where it was, and only the agent has to hear of it
+ * again. Lock held. */
+void maps_restore(uint64_t start, uint64_t end);
+/* Removes [start, end) from both tables, or from that of tracked ranges; regions left with nothing are released. Lock
+ * held. */
+void maps_forget(uint64_t start, uint64_t end);
+void maps_forget_tracked(uint64_t start, uint64_t end);
+void maps_enter(struct range *r, bool writable); /* a new mapping. Lock held */
+void maps_track(struct range *r);                /* how it is tracked from now on, armed and said. Lock held */
+void maps_add(const struct range *r);            /* to the table as it is. Lock held */
 
 #endif

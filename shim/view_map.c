@@ -9,16 +9,11 @@
 
 #include <string.h>
 
-/* MIRROR: shared, may be stored to, and a range of the region's as well (hooks_map.c). */
+/* MIRROR: shared, may be stored to, and a range of the region's as well (maps.c). */
 enum { RANGE_VIEW_SHARED, RANGE_VIEW_PRIVATE, RANGE_VIEW_MIRROR };
 
 struct ranges view_maps;
 bool view_buffers;
-
-static uint64_t pages(uint64_t len)
-{
-    return (len + shim_page - 1) & ~(shim_page - 1);
-}
 
 static int advise(uint64_t start, uint64_t end, int advice)
 {
@@ -82,7 +77,7 @@ static void *map_guarded(struct mount *m, uint8_t state, void *at, size_t len, i
     if (got == MAP_FAILED)
         return got;
     struct range r = {.start = (uint64_t)(uintptr_t)got,
-                      .end = (uint64_t)(uintptr_t)got + pages(len),
+                      .end = (uint64_t)(uintptr_t)got + maps_pages(len),
                       .offset = (uint64_t)offset,
                       .region = (uint32_t)(m - view_mounts),
                       .state = state};
@@ -114,7 +109,7 @@ void *view_mmap(struct open_file *f, void *at, size_t len, int prot, int flags, 
     errno = type != MAP_PRIVATE && (prot & PROT_WRITE) && !mirror    ? EACCES
             : (f->held->flags & O_ACCMODE) == O_WRONLY               ? EACCES
             : offset < 0 || (uint64_t)offset % shim_page || !len     ? EINVAL
-            : (uint64_t)offset > INT64_MAX - len || pages(len) < len ? EOVERFLOW
+            : (uint64_t)offset > INT64_MAX - len || maps_pages(len) < len ? EOVERFLOW
                                                                      : 0;
     if (errno)
         return MAP_FAILED;
