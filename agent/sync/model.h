@@ -290,6 +290,9 @@ int own_open(
     const char *path); /* a descriptor of our own for reading, from a passed one (or -1) or the path; negative errno */
 void program_send_text(struct program *p, uint8_t type, int code, const char *text);
 
+/* tool.c */
+int tool_message(struct program *p, uint8_t type, const void *data, size_t len); /* negative: the connection ends */
+
 /* naming.c */
 struct naming {
     struct naming *next;
