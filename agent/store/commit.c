@@ -1,10 +1,13 @@
 /* The way of a committed transaction, all of it driven by store_pump on the loop thread:
  *
- *   queue ----------> batch (one job) --------------> applying ------------> freed
- *     |  large ones:    | make room, write the record,   | one job: files,     \_ checkpoint (one job) when the journal
- * is half full: sync changed |  synced first   | fdatasync                      | names                  files, save
- * the table, free the journal up to there v                 v refused <-----------+   told from the loop; what depends
- * on it is checked anew
+ *   queue --------------------> batch (one job) -----------> applying ---------------> freed
+ *     |  large ones: files        | make room, write           | one job (apply_job.c):
+ *     |  synced before that       | the record, fdatasync      | files, names
+ *     v                           v
+ *   refused <---------------------+    told from the loop; what depends on it is checked anew
+ *
+ *   checkpoint (one job), when the journal is half full: sync changed files, save the table, free the journal up to
+ *   there
  *
  * Order: an epoch waits for those before it in its chain or on the same names and regions; others pass one whose
  * spilled pages are still being synced. A full disk while applying stops everything but the retry timer, and new epochs
@@ -22,7 +25,6 @@
 
 #define BATCH_MAX 256
 #define BATCH_BYTES (8u << 20)
-#define APPLY_MAX 64
 #define UNAPPLIED_MAX (32u << 20)
 #define RETRY_MS 500
 #define DIRTY_MAX 512u
@@ -425,116 +427,6 @@ static void batch_start(struct store *s)
         return;
     }
     s->committing = true;
-}
-
-struct apply_job {
-    struct store *s;
-    struct store_txn *txns[APPLY_MAX];
-    size_t n, done;
-    struct pinned pinned;
-    int err;
-};
-
-static void apply_work(void *arg)
-{
-    struct apply_job *j = arg;
-    for (; j->done < j->n && !j->err; j->done++) {
-        j->err = apply_txn(j->s, j->txns[j->done], &j->pinned);
-        if (j->err)
-            break;
-    }
-}
-
-static void applied(struct store *s, struct store_txn *t)
-{
-    s->applied_no = t->number;
-    const struct store_txn *more = s->applying.first;
-    s->applied_seq =
-        more && more->seq == t->seq ? t->seq - 1 : t->seq; /* a record counts when all its epochs are in the files */
-    s->unapplied -= t->data;
-    s->unapplied_memory -= t->memory;
-    for (size_t i = 0; i < t->bindings_len; i++)
-        t->bindings[i].name->pending--;
-    for (size_t i = 0; i < t->parts_len; i++) {
-        struct part *p = t->parts[i];
-        if (p->stated)
-            p->r->applied = p->epoch;
-        if (s->volume->ops->lasting && p->stated && p->r->bound)
-            region_dirty(s, p->r);
-    }
-    if (t->spill_fd >= 0) {
-        struct spill_mark *m = malloc(sizeof *m);
-        if (m) { /* else the file stays until the next start */
-            *m = (struct spill_mark){.number = t->spill, .seq = t->seq, .next = s->spills};
-            s->spills = m;
-            s->want_checkpoint = true;
-        }
-    }
-    txn_free(t);
-}
-
-static void apply_done(void *arg)
-{
-    struct apply_job *j = arg;
-    struct store *s = j->s;
-    s->apply_busy = false;
-    for (size_t i = 0; i < j->pinned.len; i++)
-        pin_release(j->pinned.pins[i]);
-    for (size_t i = 0; i < j->done; i++)
-        applied(s, txns_pop(&s->applying));
-    if (j->err == -ENOSPC || j->err == -EDQUOT) {
-        if (!s->retrying)
-            log_error("the store's disk is full while an acknowledged epoch is put into its files: no more are taken "
-                      "until there is room");
-        s->retrying = true;
-    } else if (j->err)
-        store_fail(s, "an epoch cannot be put into its files", j->err);
-    else
-        s->retrying = false;
-    free(j->pinned.pins);
-    free(j);
-    store_pump(s);
-}
-
-static int pins_collect(struct apply_job *j)
-{
-    size_t cap = 0;
-    for (size_t i = 0; i < j->n; i++) {
-        const struct store_txn *t = j->txns[i];
-        for (size_t k = 0; k < t->parts_len + t->dead_len; k++) {
-            struct region *r = k < t->parts_len ? t->parts[k]->r : t->dead[k - t->parts_len];
-            for (struct store_pin *pin = r->pins; pin; pin = pin->next) {
-                bool known = false;
-                for (size_t p = 0; p < j->pinned.len && !known; p++)
-                    known = j->pinned.pins[p] == pin;
-                if (known)
-                    continue;
-                struct store_pin **pins = store_grow(j->pinned.pins, j->pinned.len, &cap, sizeof *pins);
-                if (!pins)
-                    return -ENOMEM;
-                j->pinned.pins = pins;
-                pins[j->pinned.len++] = pin;
-                pin->jobs++;
-            }
-        }
-    }
-    return 0;
-}
-
-static void apply_start(struct store *s)
-{
-    struct apply_job *j = calloc(1, sizeof *j);
-    if (!j)
-        return;
-    j->s = s;
-    for (struct store_txn *t = s->applying.first; t && j->n < APPLY_MAX; t = t->next)
-        j->txns[j->n++] = t;
-    s->apply_busy = true;
-    j->err = pins_collect(j);
-    if (j->err || job_run(s->loop, apply_work, apply_done, j) < 0) {
-        j->err = -ENOMEM;
-        apply_done(j);
-    }
 }
 
 static void retry_now(uv_timer_t *timer)

@@ -1,11 +1,14 @@
 /* What the parts of a store share. Nothing outside agent/store/ includes this, but tests of it do.
  *
- *   table.c    names, regions, leases          txn.c         frames into transactions    spill.c  large ones
- *   journal.c  records on disk                 record.c      transactions <-> bytes of a record
- *   copy.c     moved pages made plain
- *   commit.c   queue and batches               checkpoint.c  files and table synced      apply.c  transactions into
- * files pin.c      pre-images and reads            recover.c     the saved table; opening    io.c     whole reads and
- * writes store.c    the calls of store.h that answer from memory; opening          tree.c    hashes of regions
+ *   table.c    names, regions, leases         txn.c         frames into transactions
+ *   spill.c    large ones                     copy.c        moved pages made plain
+ *   commit.c   queue and batches              journal.c     records on disk
+ *   verify.c   deltas against their bases     record.c      transactions <-> bytes of a record
+ *   apply.c    a transaction into files       apply_job.c   the job that does so with committed ones
+ *   pin.c      pre-images and reads           checkpoint.c  files and table synced
+ *   extents.c  where a pinned region has data recover.c     the saved table; opening
+ *   tree.c     hashes of regions              io.c          whole reads and writes
+ *   store.c    the calls of store.h that answer from memory; opening
  *
  * Every name has two regions: `head` after all epochs handed in, against which the next is checked, and `durable` after
  * the last one that is on disk, which is what anybody is told. A failed epoch sets heads back to durable and checks
@@ -365,6 +368,9 @@ int apply_txn(struct store *s, struct store_txn *t, const struct pinned *pinned)
 int name_apply(struct store *s, const char *name, uint64_t file); /* file 0: the name is no more */
 int file_zero(int fd, uint64_t len, uint64_t offset);
 int apply_content(struct store *s, struct store_txn *t, const struct pinned *pinned);
+
+/* apply_job.c */
+void apply_start(struct store *s); /* the first of the apply queue; store_pump when done */
 
 /* spill.c */
 #define SPILL_HEAD 8u                               /* u32 part, u32 length, then a PAGES payload */
