@@ -4,7 +4,8 @@
  *   names.c    names, leases, ATTACH, lineages      txn.c      live epochs: adding, handing in
  *   legs.c     their ways to the replicas           settle.c   the replicas' answers to them
  *   opening.c  which replica is right, at first     round.c    catching up: the cut, the plan, the queue
- *   compare.c  catching up: hashes and pages        read.c     LIST, PIN, READ, HASH, REMOVE
+ *   compare.c  catching up: hashes and pages        send.c     catching up: the difference as epochs
+ *   read.c     LIST, PIN, READ, HASH, REMOVE
  *
  * A replica's states:
  *

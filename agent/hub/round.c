@@ -10,8 +10,8 @@
  * lineage, is removed when it is known as an older copy of ours; else the target is refused, as it is when it is
  * ahead: nobody here may remove the only good copy of something.
  *
- * Sending. One epoch for each writer (groups never span writers), from the target's number to the pinned one. Then the
- * kept epochs, and the target follows. If more had to be kept than HUB_QUEUE, another round is needed.
+ * Sending (send.c). One epoch for each writer, from the target's number to the pinned one. Then the kept epochs, and
+ * the target follows. If more had to be kept than HUB_QUEUE, another round is needed.
  *
  * At an opening (merge) the same brings the source's newer epochs to the target; there is nothing live then. */
 #include "agent/hub/round.h"
@@ -355,112 +355,6 @@ static bool prepared(const struct round *o)
     return !o->asked;
 }
 
-/* Sending */
-
-void round_send(struct round *o, uint8_t type, struct buf *b)
-{
-    o->frames++;
-    o->bytes += b->len;
-    conn_send(o->target->conn, STREAM_ROUND, type, b);
-}
-
-static void send_op(struct round *o, const struct job *j)
-{
-    struct frame_op op = {.handle = j->name->handle,
-                          .kind = j->kind == JOB_UNLINK ? FRAME_OP_UNLINK : FRAME_OP_CREATE,
-                          .lineage = j->lineage,
-                          .source = j->source};
-    struct buf *b = buf_new(64);
-    if (!b)
-        abort();
-    b->len = (uint32_t)frame_op_put(b->data, b->cap, &op);
-    round_send(o, FRAME_OP, b);
-}
-
-static void send_region(struct round *o, const struct job *j)
-{
-    struct frame_region g = {.handle = j->name->handle,
-                             .epoch = j->epoch,
-                             .base = j->kind == JOB_CREATE ? 0 : j->base,
-                             .fence = j->name->there[o->target->index].fence,
-                             .min_size = j->kind == JOB_ADVANCE && j->size < j->base_size ? j->size : UINT64_MAX,
-                             .size = j->size};
-    struct buf *b = buf_new(64);
-    if (!b)
-        abort();
-    b->len = (uint32_t)frame_region_put(b->data, b->cap, &g);
-    round_send(o, FRAME_REGION, b);
-}
-
-static bool changes(const struct job *j)
-{
-    return j->kind != JOB_SAME;
-}
-
-static void epoch_begin(struct round *o)
-{
-    const struct job *first = &o->jobs[o->job];
-    struct frame_begin b = {.seq = (1ull << 32) + ++o->hub->next_seq, .writer = first->writer};
-    uint8_t payload[64];
-    o->first = o->job;
-    o->seq = b.seq;
-    o->open = true;
-    o->frames = 0;
-    replica_send(o->target, STREAM_ROUND, FRAME_BEGIN, payload, frame_begin_put(payload, sizeof payload, &b));
-    for (size_t i = o->job; i < o->jobs_n && id_same(&o->jobs[i].writer, &first->writer); i++)
-        if (o->jobs[i].kind == JOB_CREATE || o->jobs[i].kind == JOB_UNLINK)
-            send_op(o, &o->jobs[i]);
-}
-
-static void epoch_end(struct round *o)
-{
-    uint8_t payload[17];
-    put_u64(payload, o->seq);
-    put_u64(payload + 8, o->frames);
-    payload[16] = 1;
-    replica_send(o->target, STREAM_ROUND, FRAME_END, payload, sizeof payload);
-    o->open = false;
-    o->phase = ROUND_COMMIT;
-}
-
-/* Regions of one writer, one after the other. True while there is something left to do at once. */
-static bool send_step(struct round *o)
-{
-    struct compare *c = &o->compare;
-    if (c->job) {
-        if (!compare_step(o))
-            return false;
-        if (c->failed) {
-            round_fail(o, "%s cannot be copied: %s", c->job->name->text, o->why[0] ? o->why : "no answer");
-            return false;
-        }
-        compare_free(c);
-        o->job++;
-        return true;
-    }
-    while (o->job < o->jobs_n && !changes(&o->jobs[o->job]))
-        o->job++;
-    bool more = o->job < o->jobs_n;
-    if (o->open && (!more || !id_same(&o->jobs[o->job].writer, &o->jobs[o->first].writer))) {
-        epoch_end(o);
-        return false;
-    }
-    if (!more) {
-        o->phase = ROUND_FLUSH;
-        return true;
-    }
-    if (!o->open)
-        epoch_begin(o);
-    struct job *j = &o->jobs[o->job];
-    if (j->kind == JOB_UNLINK) {
-        o->job++;
-        return true;
-    }
-    send_region(o, j);
-    compare_begin(o, j);
-    return true;
-}
-
 /* Nothing is wrong, but it did not work out: another round is tried. */
 static void again(struct round *o)
 {
@@ -614,7 +508,7 @@ static bool step(struct round *o)
     case ROUND_SAME:
         return same_step(o);
     case ROUND_SEND:
-        return send_step(o);
+        return round_send_step(o);
     case ROUND_COMMIT:
         return false;
     case ROUND_FLUSH:

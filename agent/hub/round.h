@@ -1,4 +1,4 @@
-/* What round.c and compare.c share. */
+/* What round.c, send.c and compare.c share. */
 #ifndef HUB_ROUND_H
 #define HUB_ROUND_H
 
@@ -72,7 +72,12 @@ struct round {
 
 void round_drop(struct round *o); /* one answer less */
 void round_fail(struct round *o, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* send.c */
 void round_send(struct round *o, uint8_t type, struct buf *b); /* one more frame of the open epoch */
+/* Regions of one writer, one after the other. True while there is something left to do at once; the round may be gone
+ * when it is false. */
+bool round_send_step(struct round *o);
 
 /* compare.c */
 void compare_begin(struct round *o, struct job *job);
