@@ -338,8 +338,11 @@ static void arm_idle(uint64_t start, uint64_t end)
 }
 
 /* false, with errno, where that may not be: a shared mapping of what is only read. */
-static bool becomes_writable(uint64_t start, size_t len)
+static bool may_protect(void *at, size_t len, int prot)
 {
+    uint64_t start = (uint64_t)(uintptr_t)at;
+    if (!(prot & PROT_WRITE) || !maps_touched(at, len) || start % shim_page)
+        return true;
     if (view_shared(start, start + maps_pages(len))) {
         errno = EACCES;
         return false;
@@ -350,16 +353,12 @@ static bool becomes_writable(uint64_t start, size_t len)
 
 SHIM_EXPORT int mprotect(void *at, size_t len, int prot)
 {
-    uint64_t start = (uint64_t)(uintptr_t)at;
-    if ((prot & PROT_WRITE) && maps_touched(at, len) && start % shim_page == 0 && !becomes_writable(start, len))
-        return -1;
-    return (int)syscall(SYS_mprotect, at, len, prot);
+    return may_protect(at, len, prot) ? (int)syscall(SYS_mprotect, at, len, prot) : -1;
 }
 
 SHIM_EXPORT int pkey_mprotect(void *at, size_t len, int prot, int key)
 {
-    uint64_t start = (uint64_t)(uintptr_t)at;
-    if ((prot & PROT_WRITE) && maps_touched(at, len) && start % shim_page == 0 && !becomes_writable(start, len))
+    if (!may_protect(at, len, prot))
         return -1;
     if (key == -1)
         return (int)syscall(SYS_mprotect, at, len, prot);

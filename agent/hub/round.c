@@ -200,8 +200,7 @@ static bool pin_all(struct round *o)
                  REGIONS_MAX);
         return false;
     }
-    o->jobs_cap = o->here.n + o->there.n + 1;
-    o->jobs = calloc(o->jobs_cap, sizeof *o->jobs); /* not moved: answers point into it */
+    o->jobs = calloc(o->here.n + o->there.n + 1, sizeof *o->jobs); /* not moved: answers point into it */
     for (size_t i = 0; o->jobs && i < o->here.n; i++) {
         struct job *j = &o->jobs[o->jobs_n];
         *j = (struct job){.round = o, .kind = JOB_CREATE, .name = name_of(o->hub, o->here.entries[i].name)};
@@ -281,7 +280,7 @@ static bool left_out(const struct round *o, const struct job *j)
     for (size_t i = 0; i < o->there.n; i++)
         if (!strcmp(o->there.entries[i].name, j->name->text) && !id_same(&o->there.entries[i].lineage, &j->lineage))
             return true; /* opening.c has seen to it */
-    return o->merge && (gone || j->kind == JOB_SAME);
+    return gone || j->kind == JOB_SAME;
 }
 
 static int by_writer(const void *a, const void *b)

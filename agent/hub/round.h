@@ -60,12 +60,12 @@ struct round {
     enum round_phase phase;
     bool held, open, dead; /* dead: freed when the last answer has come */
     unsigned refs;         /* answers awaited, and one for being at work */
-    uint64_t held_since, retry_at, began;
+    uint64_t held_since, began;
     unsigned asked; /* answers awaited in this phase */
     char why[STORE_ERROR];
     struct listing here, there;
     struct job *jobs;
-    size_t jobs_n, jobs_cap, job, first; /* job: at work; first: of its writer's */
+    size_t jobs_n, job, first; /* job: at work; first: of its writer's */
     uint64_t seq, frames, bytes;
     struct compare compare;
 };

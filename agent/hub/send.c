@@ -41,11 +41,6 @@ static void send_region(struct round *o, const struct job *j)
     round_send(o, FRAME_REGION, b);
 }
 
-static bool changes(const struct job *j)
-{
-    return j->kind != JOB_SAME;
-}
-
 static void epoch_begin(struct round *o)
 {
     const struct job *first = &o->jobs[o->job];
@@ -86,7 +81,7 @@ bool round_send_step(struct round *o)
         o->job++;
         return true;
     }
-    while (o->job < o->jobs_n && !changes(&o->jobs[o->job]))
+    while (o->job < o->jobs_n && o->jobs[o->job].kind == JOB_SAME)
         o->job++;
     bool more = o->job < o->jobs_n;
     if (o->open && (!more || !id_same(&o->jobs[o->job].writer, &o->jobs[o->first].writer))) {

@@ -25,7 +25,7 @@ struct apply_job {
 static void apply_work(void *arg)
 {
     struct apply_job *j = arg;
-    for (; j->done < j->n && !j->err; j->done++) {
+    for (; j->done < j->n; j->done++) {
         j->err = apply_txn(j->s, j->txns[j->done], &j->pinned);
         if (j->err)
             break;
@@ -117,8 +117,7 @@ void apply_start(struct store *s)
     for (struct store_txn *t = s->applying.first; t && j->n < APPLY_MAX; t = t->next)
         j->txns[j->n++] = t;
     s->apply_busy = true;
-    j->err = pins_collect(j);
-    if (j->err || job_run(s->loop, apply_work, apply_done, j) < 0) {
+    if (pins_collect(j) || job_run(s->loop, apply_work, apply_done, j) < 0) {
         j->err = -ENOMEM;
         apply_done(j);
     }

@@ -56,11 +56,6 @@ static void refused(struct store_txn *t, int err, const char *text)
     refused_as_said(t);
 }
 
-struct discard {
-    struct store *s;
-    struct store_txn *t;
-};
-
 static void discard_work(void *arg)
 {
     struct store_txn *t = arg;
@@ -109,11 +104,6 @@ void volume_txn_abort(struct store_txn *t)
         txn_discard(t);
 }
 
-static int64_t seconds(void)
-{
-    return (int64_t)time(NULL);
-}
-
 /* Whether an epoch of the same chain, handed in before, is about to be refused. */
 static bool chain_broken(const struct store *s, const struct store_txn *t)
 {
@@ -134,11 +124,13 @@ void volume_txn_commit(struct store_txn *t, void (*durable)(void *arg, int err, 
     char error[STORE_ERROR];
     t->durable = durable;
     t->durable_arg = arg;
-    t->committed_at = seconds();
-    int err = t->err;
-    if (err)
-        snprintf(error, sizeof error, "%s", t->error);
-    else if (s->failed || s->closing) {
+    t->committed_at = (int64_t)time(NULL);
+    if (t->err) {
+        refused_as_said(t);
+        return;
+    }
+    int err;
+    if (s->failed || s->closing) {
         err = -EIO;
         snprintf(error, sizeof error, "%s", s->failed ? s->failure : "the store is being closed");
     } else if (s->retrying || s->unsaved) {
@@ -268,7 +260,7 @@ static void batch_work(void *arg)
     struct store *s = b->s;
     uint64_t unapplied = b->unapplied;
     struct bases *bases = b->deltas ? bases_new() : NULL;
-    for (; b->good < b->n && !b->err; b->good++) {
+    for (; b->good < b->n; b->good++) {
         b->err = apply_verify(s, bases, b->txns[b->good], is_base(b, b->good), b->error);
         if (!b->err)
             b->err = apply_reserve(s, b->txns[b->good], unapplied, b->error);

@@ -212,9 +212,10 @@ static int on_region(struct program *p, struct message *msg)
         r->reason[0] = 0;
     }
     if (b != before) {
-        if (r->attach == ATTACH_DONE && r->vacant && r->group && !b->mount)
+        bool vacant = r->attach == ATTACH_DONE && r->vacant && r->group;
+        if (vacant && !b->mount)
             region_create(r);
-        else if (r->attach == ATTACH_DONE && r->vacant && r->group && page_made(b->mount, &lineage, &epoch))
+        else if (vacant && page_made(b->mount, &lineage, &epoch))
             mirror_make(r);
         else if (r->attach != ATTACH_ASKED)
             r->attach = ATTACH_LOOSE;
@@ -322,6 +323,13 @@ static bool in_group(const struct program *p, const struct group *g)
     return false;
 }
 
+/* A capture is due, and nobody waits for it. */
+static void want(struct group *g)
+{
+    g->wanted = true;
+    group_kick(g);
+}
+
 /* One waiter in each of the program's groups that `which` lets through. */
 static int ask_groups(struct program *p, uint32_t slot, enum waiter_kind kind, bool scan_only, uint64_t addr,
                       uint64_t len)
@@ -334,8 +342,7 @@ static int ask_groups(struct program *p, uint32_t slot, enum waiter_kind kind, b
         if (!in_group(p, g) || (kind == WAIT_RETIRE && !maps_in(p, g, addr, len)))
             continue;
         if (!a) {
-            g->wanted = true;
-            group_kick(g);
+            want(g);
             continue;
         }
         a->refs++;
@@ -374,15 +381,13 @@ static int on_sync(struct program *p, struct message *msg)
         return -EPROTO;
     if (p->bye)
         stays(p);
-    struct use *u = m.region ? use_of(p, m.region) : NULL;
     if (!m.region)
         return ask_groups(p, m.slot, WAIT_SYNC, false, 0, 0);
+    struct use *u = use_of(p, m.region);
     struct group *g = u && u->body->region ? u->body->region->group : NULL;
     if (m.slot == CONTROL_NO_SLOT) {
-        if (g) {
-            g->wanted = true;
-            group_kick(g);
-        }
+        if (g)
+            want(g);
         return 0;
     }
     struct answer *a = answer_new(p, m.slot);

@@ -300,6 +300,8 @@ struct naming {
 };
 void naming_take(struct program *p, const struct control_name *m);
 void naming_after_death(struct program *p);
+struct statx;
+void file_identity(const struct statx *st, uint64_t *dev, struct source *s); /* of STATX_BASIC_STATS | STATX_BTIME */
 
 /* local.c */
 void local_gather(struct local *l); /* groups hold epochs back for a moment (group_pump) */

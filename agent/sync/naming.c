@@ -13,7 +13,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static void file_identity(const struct statx *st, uint64_t *dev, struct source *s)
+void file_identity(const struct statx *st, uint64_t *dev, struct source *s)
 {
     *dev = ((uint64_t)st->stx_dev_major << 32) | st->stx_dev_minor;
     s->ino = st->stx_ino;

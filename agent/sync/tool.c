@@ -73,9 +73,9 @@ static int on_watch(struct program *p, const void *data, size_t len)
             close(fd);
         return 0;
     }
-    struct source s = {
-        st.stx_ino, st.stx_mask & STATX_BTIME ? (uint64_t)st.stx_btime.tv_sec * 1000000000u + st.stx_btime.tv_nsec : 0};
-    uint64_t dev = ((uint64_t)st.stx_dev_major << 32) | st.stx_dev_minor;
+    uint64_t dev;
+    struct source s;
+    file_identity(&st, &dev, &s);
     struct region *r = region_get(k, m.name, m.path);
     struct program *w = calloc(1, sizeof *w);
     if (!r || !w)
