@@ -38,21 +38,24 @@ static void fill(char *to, size_t n, unsigned seed)
         to[i] = (char)((seed = seed * 1103515245 + 12345) >> 16);
 }
 
+static off_t size_of(int fd)
+{
+    struct stat st;
+    return fstat(fd, &st) ? -1 : st.st_size;
+}
+
 /* Size, offset and a sum of all bytes. */
 static void tell(const char *what, int fd)
 {
-    struct stat st;
     uint64_t sum = 0xcbf29ce484222325u;
     off_t at = 0;
     ssize_t n;
-    if (fstat(fd, &st))
-        printf("%s: fstat %s\n", what, strerrorname_np(errno));
     while ((n = pread(fd, buffer, sizeof buffer, at)) > 0) {
         for (ssize_t i = 0; i < n; i++)
             sum = (sum ^ (uint8_t)buffer[i]) * 0x100000001b3u;
         at += n;
     }
-    printf("%s: %ld bytes, read %ld, at %ld, sum %016lx\n", what, (long)st.st_size, (long)at,
+    printf("%s: %ld bytes, read %ld, at %ld, sum %016lx\n", what, (long)size_of(fd), (long)at,
            (long)lseek(fd, 0, SEEK_CUR), (unsigned long)sum);
 }
 
@@ -64,12 +67,6 @@ static int opened(const char *path, int flags)
         exit(1);
     }
     return fd;
-}
-
-static off_t size_of(int fd)
-{
-    struct stat st;
-    return fstat(fd, &st) ? -1 : st.st_size;
 }
 
 /* Nothing is read before it is written next to: what was not fetched yet has to come first. */
@@ -295,7 +292,7 @@ static void forks(const char *path)
 }
 
 /* A program that gets the descriptor by exec, and by nothing else. */
-static void execs(const char *path, const char *self)
+static void execs(const char *path)
 {
     char number[16];
     int fd = opened(path, O_RDWR | O_APPEND), twice = dup(fd);
@@ -303,7 +300,7 @@ static void execs(const char *path, const char *self)
     snprintf(number, sizeof number, "%d", twice);
     fflush(stdout);
     if (!fork()) {
-        execl(self, self, "inherited", number, (char *)NULL);
+        execl(program_invocation_name, program_invocation_name, "inherited", number, (char *)NULL);
         _exit(9);
     }
     wait_all(1);
@@ -587,11 +584,7 @@ int main(int argc, char **argv)
     } table[] = {{"calls", calls},        {"sources", sources}, {"errors", errors},   {"maps", maps},
                  {"forks", forks},        {"locks", locks},     {"streams", streams}, {"appends", appends},
                  {"threads", threads},    {"stores", stores},   {"rounds", rounds},   {"transfers", transfers},
-                 {"inherited", inherited}};
-    if (argc == 3 && !strcmp(argv[1], "execs")) {
-        execs(argv[2], argv[0]);
-        return 0;
-    }
+                 {"execs", execs},        {"inherited", inherited}};
     for (size_t i = 0; argc == 3 && i < sizeof table / sizeof *table; i++)
         if (!strcmp(argv[1], table[i].name)) {
             table[i].run(argv[2]);
