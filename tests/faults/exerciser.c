@@ -349,7 +349,7 @@ static void parse(int argc, char **argv)
         else if (!strcmp(argv[i], "progress"))
             progress_path = value;
         else
-            MUST(!"a known key");
+            MUST(false && "a known key");
     }
     MUST(max_size <= LARGEST && (start || !read_only));
     map_progress(progress_path);
