@@ -37,7 +37,7 @@ initramfs=$tree/initramfs.$(cat "$here/init" "$here/initramfs.sh" | sha256sum | 
 share=${GUEST_SHARE:-$work/share}
 mkdir -p "$share"
 {
-    printf 'export PATH=%q HOME=/root LC_ALL=C TMPDIR=/tmp GUEST=%q BUILD=%q CI=%q TRACE=%q KEEP=\n' "$PATH:/sbin:/usr/sbin" "$version" "${BUILD:-build}" "${CI:-}" "${TRACE:-}"
+    printf 'export PATH=%q HOME=/root LC_ALL=C TMPDIR=/run/tmp GUEST=%q BUILD=%q CI=%q TRACE=%q KEEP=\n' "$PATH:/sbin:/usr/sbin" "$version" "${BUILD:-build}" "${CI:-}" "${TRACE:-}"
     printf '[ -n "$CI" ] || unset CI\n[ -n "$TRACE" ] || unset TRACE\nunset KEEP\ncd %q && exec' "$PWD"
     printf ' %q' "$@"
     echo
